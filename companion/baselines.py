@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from companion.checks import require, require_whole
+from companion.decoding import choose
 
 UNSEEN = 1e-9  # least probability of a token, so that its logarithm stays finite
 
@@ -99,3 +100,20 @@ class Recurrent(nn.Module):
         require(tokens.ndim == 2, f"tokens have shape {tuple(tokens.shape)}; (B, T) is expected")
         states, _ = self.recurrence(self.embedding(tokens))
         return self.head(states)
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module, tokens: Tensor, new: int, *, temperature: float = 1.0, seed: int = 0
+) -> Tensor:
+    """Continue a prompt (B, T) by `new` tokens with any model, reading the whole text each time.
+
+    `companion.decoding.generate` does this with a cache, for the decoder alone.
+    """
+    require_whole("new", new)
+    require(tokens.ndim == 2, f"tokens have shape {tuple(tokens.shape)}; (B, T) is expected")
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(new):
+        drawn = choose(model(tokens)[:, -1], temperature=temperature, random=random)
+        tokens = torch.cat([tokens, drawn[:, None]], dim=1)
+    return tokens

@@ -26,7 +26,7 @@ MODELS = {
     ),
     "TinyLlama-1.1B": ModelConfig(
         vocab=32_000,
-        context=8192,
+        context=2048,
         layers=22,
         heads=32,
         kv_heads=4,

@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from companion.baselines import NGram, Recurrent
+from companion.baselines import NGram, Recurrent, sample
+from companion.decoding import generate
+from companion.tests.test_model import small, some_tokens
 
 
 def slow_chance(text, context, token, vocab, discount):
@@ -61,6 +63,12 @@ def test_recurrent_carries_its_state_from_left_to_right():
         hidden, cell = torch.lstm_cell(seen, (hidden, cell), *weights, *biases)
         expected.append(model.head(hidden))
     torch.testing.assert_close(model(tokens), torch.stack(expected, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_sampling_any_model_is_generating_without_a_cache():
+    model, prompt = small(), some_tokens()
+    expected = generate(model, prompt, 8, temperature=0.7, seed=3, cached=False)
+    assert torch.equal(sample(model, prompt, 8, temperature=0.7, seed=3), expected)
 
 
 @pytest.mark.parametrize(
