@@ -1,0 +1,190 @@
+"""Measure models side by side: quality, bytes, speed, and how near the speed is to the machine's.
+
+`compare(passage, baseline=model, thin=other)` looks at all models in one run: on the same tokens,
+and timed in alternation. What is exact is counted; what is timed carries an interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from companion.checks import require, require_known, require_whole
+from companion.data import Passage
+from companion.decoding import Cache, cache_for
+from companion.hardware import machine_card, peaks
+from companion.intervals import Interval
+from companion.memory import forward_peak_bytes, stored_bytes, unique_parameters
+from companion.quality import Quality, judge
+from companion.report import COLUMNS, QUALITY, SPEED, Comparison, Report
+from companion.timing import Race, race
+
+DEFAULT = ("parameters", "stored_bytes", "bits_per_byte", "perplexity", "prefill", "decode")
+
+
+def compare(
+    passage: Passage,
+    *,
+    columns: Sequence[str] | None = None,
+    prompt: int = 64,
+    new: int = 8,
+    rounds: int = 8,
+    threads: int = 1,
+    **models: nn.Module,
+) -> Comparison:
+    """Judge and time the models named; the first one is what the others are compared with.
+
+    `columns` names what to find out (`companion.report.COLUMNS`), at no cost for the rest. Prefill
+    reads `prompt` tokens of the passage, decode writes `new` tokens after them, one at a time.
+    Raises ValueError for no models, unknown columns, and a passage shorter than the prompt.
+    """
+    columns = tuple(DEFAULT if columns is None else columns)
+    require(len(models) > 0, "there are 0 models; name some, as in compare(text, baseline=model)")
+    for column in columns:
+        require_known("column", column, COLUMNS)
+    wanted = set(columns)
+    for name, number in (("prompt", prompt), ("new", new)):
+        require_whole(name, number)
+    tokens = passage.tokens[None, :prompt]
+    length = tokens.shape[1]
+    require(length == prompt, f"the passage has {length} tokens, fewer than the prompt's {prompt}")
+
+    judged = judge(passage, models) if wanted & QUALITY.keys() else {}
+    speeds = Speeds(models, tokens, new, rounds, threads) if wanted & SPEED.keys() else None
+    reports = {
+        name: Report(
+            parameters=unique_parameters(model),
+            stored_bytes=stored_bytes(model),
+            peak_bytes=_peak_bytes(model, tokens) if "peak_bytes" in wanted else None,
+            **_quality(judged.get(name), judged.get(next(iter(models)))),
+            **(speeds.of(name) if speeds else {}),
+        )
+        for name, model in models.items()
+    }
+    races = speeds.races if speeds else {}
+    return Comparison(reports, columns, races, machine_card(), len(passage.tokens), passage.bytes)
+
+
+def measure(model: nn.Module, passage: Passage, **options) -> Report:
+    """The `Report` of one model; the options are those of `compare`."""
+    return compare(passage, model=model, **options).reports["model"]
+
+
+def _quality(own: Quality | None, first: Quality | None) -> dict[str, Interval]:
+    if own is None:
+        return {}
+    return {
+        "bits_per_byte": own.bits_per_byte(),
+        "perplexity": own.perplexity(),
+        "excess": own.excess(first),
+        "divergence": own.divergence(),
+        "agreement": own.agreement(),
+    }
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _peak_bytes(model: nn.Module, tokens: Tensor) -> int:
+    return forward_peak_bytes(model, tokens.to(_device(model)))
+
+
+class Speeds:
+    """Prefill and decode of all models, each raced in alternation, and their share of the peaks."""
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        tokens: Tensor,
+        new: int,
+        rounds: int,
+        threads: int,
+    ) -> None:
+        self.models, self.tokens, self.new = models, tokens, new
+        reading = {name: prefill(model, tokens) for name, model in models.items()}
+        writing = {name: decode(model, tokens, new) for name, model in models.items()}
+        self.races: dict[str, Race] = {
+            "prefill": race(rounds=rounds, threads=threads, **reading),
+            "decode": race(rounds=rounds, threads=threads, **writing),
+        }
+
+    def of(self, name: str) -> dict[str, Interval]:
+        """The timed fields of one model's report."""
+        model = self.models[name]
+        read, wrote = (self.races[kind].interval(name) for kind in ("prefill", "decode"))
+        best = peaks(_device(model))
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        flops = counted_flops(model, self.tokens)
+        moved = decode_bytes(model, self.tokens.shape[1]) * self.new
+        share = best.flops.get(dtype)
+        return {
+            "first_token": read,
+            "prefill": read.map(lambda s: self.tokens.shape[1] / s),
+            "decode": wrote.map(lambda s: self.new / s),
+            "flops_share": read.map(lambda s: flops / s / share) if share else Interval.unknown(),
+            "bandwidth_share": wrote.map(lambda s: moved / s / best.bandwidth),
+        }
+
+
+def prefill(model: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
+    """A call that reads a prompt (B, T) into a new cache and takes the first token after it."""
+    tokens = tokens.to(_device(model))
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        cache = cache_for(model, batch=len(tokens), capacity=tokens.shape[1])
+        return model(tokens, cache)[:, -1].argmax(-1)
+
+    return call
+
+
+def decode(model: nn.Module, tokens: Tensor, new: int) -> Callable[[], Tensor]:
+    """A call that writes `new` tokens greedily after a prompt (B, T) that the cache holds."""
+    tokens = tokens.to(_device(model))
+    length = tokens.shape[1]
+    cache = _filled(model, tokens, length + new)
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        cache.rewind(length)
+        token = tokens[:, -1:]
+        for _ in range(new):
+            token = model(token, cache)[:, -1:].argmax(-1)
+        return token
+
+    return call
+
+
+@torch.inference_mode()
+def _filled(model: nn.Module, tokens: Tensor, capacity: int) -> Cache:
+    cache = cache_for(model, batch=len(tokens), capacity=capacity)
+    model(tokens, cache)
+    return cache
+
+
+@torch.inference_mode()
+def counted_flops(model: nn.Module, tokens: Tensor) -> int:
+    """FLOPs of a forward pass over tokens (B, T), as torch counts them: 2 a multiply-add.
+
+    Attention is computed by plain matrix products for the count, which include its masked half.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens.to(_device(model)))
+    return counter.get_total_flops()
+
+
+def decode_bytes(model: nn.Module, past: int, batch: int = 1) -> int:
+    """Bytes one decoding step must read: all stored ones, and the keys and values of `past`.
+
+    An untied embedding is not read but looked up, and left out.
+    """
+    weights = stored_bytes(model)
+    if not model.config.tied:
+        weights -= stored_bytes(model.embedding)
+    cache = cache_for(model, batch=batch, capacity=1)
+    return weights + cache.bytes * past
