@@ -66,7 +66,8 @@ def compare(
         for name, model in models.items()
     }
     races = speeds.races if speeds else {}
-    return Comparison(reports, columns, races, machine_card(), len(passage.tokens), passage.bytes)
+    card = machine_card(_device(next(iter(models.values()))))
+    return Comparison(reports, columns, races, card, len(passage.tokens), passage.bytes)
 
 
 def measure(model: nn.Module, passage: Passage, **options) -> Report:
@@ -87,7 +88,7 @@ def _quality(own: Quality | None, first: Quality | None) -> dict[str, Interval]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _peak_bytes(model: nn.Module, tokens: Tensor) -> int:
@@ -129,6 +130,17 @@ class Speeds:
             "flops_share": read.map(lambda s: flops / s / share) if share else Interval.unknown(),
             "bandwidth_share": wrote.map(lambda s: moved / s / best.bandwidth),
         }
+
+
+def reading(model: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
+    """A call that reads tokens (B, T) in one forward pass, without a cache: any model will do."""
+    tokens = tokens.to(_device(model))
+
+    @torch.inference_mode()
+    def call() -> Tensor:
+        return model(tokens)
+
+    return call
 
 
 def prefill(model: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:

@@ -10,7 +10,6 @@ D head width, W width.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 

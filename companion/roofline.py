@@ -116,3 +116,53 @@ def training_moved_bytes(
         + cost.activation_bytes(config, positions, batch=batch, **size)
     )
     return 4 * cost.weight_bytes(config, **size) + 2 * twice
+
+
+@dataclass(frozen=True)
+class Work:
+    """A computation as the roofline sees it. Raises ValueError unless both are above 0."""
+
+    flops: int
+    moved: int  # bytes, at the least
+
+    @property
+    def intensity(self) -> float:
+        return intensity(self.flops, self.moved)
+
+    def seconds(self, machine: Ceilings, dtype: str = "float32") -> float:
+        """The least time it takes on a machine."""
+        ridge(machine, dtype)  # refuses a format that the machine has no peak for
+        return roofline_seconds(self.flops, self.moved, machine.flops[dtype], machine.bandwidth)
+
+    def waits_for(self, machine: Ceilings, dtype: str = "float32") -> str:
+        """The slower side: "memory" below the machine's ridge, "arithmetic" from there on."""
+        return "memory" if self.intensity < ridge(machine, dtype) else "arithmetic"
+
+
+def reading_work(
+    config: ModelConfig,
+    positions: int,
+    *,
+    past: int = 0,
+    batch: int = 1,
+    bytes_per_number: float = 4,
+) -> Work:
+    """Reading `positions` tokens after `past` ones that a cache holds; decoding reads one."""
+    moved = moved_bytes(
+        config, past, positions=positions, batch=batch, bytes_per_number=bytes_per_number
+    )
+    return Work(cost.forward_flops(config, positions, past=past, batch=batch), moved)
+
+
+def training_work(
+    config: ModelConfig,
+    positions: int,
+    *,
+    batch: int = 1,
+    optimizer: str = "adamw",
+    bytes_per_number: int = 4,
+) -> Work:
+    """One training step on `positions` tokens of each of `batch` texts."""
+    size = {"batch": batch, "bytes_per_number": bytes_per_number}
+    moved = training_moved_bytes(config, positions, optimizer=optimizer, **size)
+    return Work(cost.training_flops(config, positions, batch=batch), moved)

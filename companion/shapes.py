@@ -120,14 +120,11 @@ def shape_table(
     require_known("number format", dtype, BYTES)
     size = {"bytes_per_number": BYTES[dtype]}
     many = {"batch": batch}
-    knee = roofline.ridge(device, dtype)
 
-    def time(flops: int, moved: int) -> Time:
-        seconds = roofline.roofline_seconds(flops, moved, device.flops[dtype], device.bandwidth)
-        waits_for = "memory" if roofline.intensity(flops, moved) < knee else "arithmetic"
-        return Time(flops=flops, moved=moved, seconds=seconds, waits_for=waits_for)
+    def time(work: roofline.Work) -> Time:
+        seconds, waits_for = work.seconds(device, dtype), work.waits_for(device, dtype)
+        return Time(flops=work.flops, moved=work.moved, seconds=seconds, waits_for=waits_for)
 
-    moved = roofline.training_moved_bytes(config, positions, optimizer=optimizer, **many, **size)
     return ShapeCosts(
         device=device,
         setting=f"{device.name}, {dtype}, {positions} positions, batch {batch}, {optimizer}",
@@ -137,15 +134,11 @@ def shape_table(
         gradients=cost.gradient_bytes(config, **size),
         optimizer=cost.optimizer_bytes(config, optimizer, **size),
         activations=cost.activation_bytes(config, positions, **many, **size),
-        prefill=time(
-            cost.forward_flops(config, positions, **many),
-            roofline.moved_bytes(config, 0, positions=positions, **many, **size),
+        prefill=time(roofline.reading_work(config, positions, **many, **size)),
+        decode=time(roofline.reading_work(config, 1, past=positions - 1, **many, **size)),
+        training=time(
+            roofline.training_work(config, positions, optimizer=optimizer, **many, **size)
         ),
-        decode=time(
-            cost.decode_flops(config, positions - 1, **many),
-            roofline.moved_bytes(config, positions - 1, **many, **size),
-        ),
-        training=time(cost.training_flops(config, positions, **many), moved),
     )
 
 

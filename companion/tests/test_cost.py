@@ -310,3 +310,29 @@ def test_impossible_input_is_refused(call):
     with pytest.raises(ValueError) as problem:
         call()
     assert problem.traceback[-1].name == "require"  # ours, not one that torch ran into
+
+
+def test_work_is_its_counts_on_a_machine():
+    machine = roofline.Device(name="m", flops={"float32": 100.0}, bandwidth=10.0)
+    small, large = roofline.Work(20, 10), roofline.Work(2000, 10)
+    assert (small.intensity, small.waits_for(machine), small.seconds(machine)) == (2, "memory", 1)
+    assert (large.waits_for(machine), large.seconds(machine)) == ("arithmetic", 20)
+    assert roofline.Work(100, 10).waits_for(machine) == "arithmetic"  # at the ridge
+    with pytest.raises(ValueError, match="float16"):
+        small.seconds(machine, "float16")
+    with pytest.raises(ValueError, match="moved is 0"):
+        roofline.Work(1, 0).seconds(machine)
+
+
+def test_work_of_reading_and_training_is_made_of_the_counts():
+    config = ModelConfig(
+        vocab=50, context=32, layers=2, heads=4, kv_heads=2, width=32, hidden=48, tied=False
+    )
+    work = roofline.reading_work(config, 3, past=4, batch=2, bytes_per_number=2)
+    assert work.flops == cost.forward_flops(config, 3, past=4, batch=2)
+    moved = roofline.moved_bytes(config, 4, positions=3, batch=2, bytes_per_number=2)
+    assert work.moved == moved
+    step = roofline.training_work(config, 5, batch=2, optimizer="sgd", bytes_per_number=2)
+    assert step.flops == cost.training_flops(config, 5, batch=2)
+    options = {"batch": 2, "optimizer": "sgd", "bytes_per_number": 2}
+    assert step.moved == roofline.training_moved_bytes(config, 5, **options)

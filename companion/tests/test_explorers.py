@@ -122,7 +122,7 @@ def test_every_control_counts(explorer):
     [
         ("heads", 7, "width 576 / heads 7"),
         ("kv_heads", 2, "9 query heads"),
-        ("positions", 4096, "exceed the context of 2048"),
+        ("positions", 16384, "exceed the context of 8192"),
         ("positions", 1, "at least 2"),
         ("dtype", "bfloat16", "known are: float32"),
     ],

@@ -9,7 +9,15 @@ from torch import nn
 
 from companion import cost, measurement, roofline
 from companion.intervals import Interval
-from companion.measurement import compare, counted_flops, decode, decode_bytes, measure, prefill
+from companion.measurement import (
+    compare,
+    counted_flops,
+    decode,
+    decode_bytes,
+    measure,
+    prefill,
+    reading,
+)
 from companion.report import COLUMNS, Comparison, Report
 from companion.tests.test_model import small
 from companion.tests.test_quality import some_passage
@@ -75,6 +83,7 @@ def test_decoding_is_greedy_and_repeats():
     last = generate(model, torch.cat([tokens, tokens[:, -1:]], 1), 5, cached=False)[:, -1:]
     assert call().tolist() == last.tolist()
     assert prefill(model, tokens)().tolist() == written[:, 9].tolist()
+    assert torch.equal(reading(model, tokens)(), model(tokens))
 
 
 @pytest.mark.parametrize("tied", [True, False])

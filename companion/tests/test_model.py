@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from companion.decoding import cache_for
-from companion.model import LanguageModel, ModelConfig, RMSNorm, rotate, rotary_angles
+from companion.model import LanguageModel, ModelConfig, RMSNorm, rotary_angles, rotate
 
 SMALL = ModelConfig(vocab=50, context=32, layers=2, heads=4, kv_heads=2, width=32, hidden=48)
 
@@ -23,16 +23,15 @@ def some_tokens(batch=2, time=9):
     return torch.randint(50, (batch, time), generator=torch.Generator().manual_seed(1))
 
 
-def slow_attention(attention, x, base):
+def slow_attention(attention, x, cos, sin):
     """One sequence, one head and one position at a time, positions by complex rotation."""
     time, width = x.shape
     heads, kv_heads, head_width = attention.heads, attention.kv_heads, width // attention.heads
     half = head_width // 2
-    speeds = torch.tensor([base ** (-2 * i / head_width) for i in range(half)]).double()
 
     def turned(vector, position):
         pairs = torch.complex(vector[:half], vector[half:])
-        pairs = pairs * torch.polar(torch.ones(half).double(), position * speeds)
+        pairs = pairs * torch.complex(cos[position, :half], sin[position, :half])
         return torch.cat([pairs.real, pairs.imag])
 
     query, key, value = attention.query(x), attention.key(x), attention.value(x)
@@ -58,7 +57,7 @@ def slow_forward(model, tokens):
     x = model.embedding(tokens)
     for block in model.blocks:
         normed = norm(block.attention_norm, x)
-        x = x + slow_attention(block.attention, normed, model.config.rotary_base)
+        x = x + slow_attention(block.attention, normed, model.cos, model.sin)
         mlp, normed = block.mlp, norm(block.mlp_norm, x)
         gate = mlp.gate(normed)
         x = x + mlp.down(gate * torch.sigmoid(gate) * mlp.up(normed))
@@ -70,7 +69,17 @@ def slow_forward(model, tokens):
 def test_forward_is_the_model_written_out(kv_heads, tied):
     model, tokens = small(kv_heads=kv_heads, tied=tied), some_tokens()
     expected = torch.stack([slow_forward(model, row) for row in tokens])
-    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-7)  # FP32 angles
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_angles_are_the_formula_rounded_once():
+    cos, sin = rotary_angles(SMALL)
+    for position in (0, 1, 31):
+        for pair in range(4):
+            angle = position / SMALL.rotary_base ** (2 * pair / 8)
+            for place in (pair, pair + 4):
+                assert cos[position, place].item() == pytest.approx(math.cos(angle), abs=6e-8)
+                assert sin[position, place].item() == pytest.approx(math.sin(angle), abs=6e-8)
 
 
 def test_rotary_scores_depend_on_the_distance_alone():

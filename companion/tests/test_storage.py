@@ -64,7 +64,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "FORMAT", "0")
     path = storage.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format '0'.*reads '1'"):
+    with pytest.raises(ValueError, match=r"format '0'.*reads '1'"):
         storage.load_tensors(path)
 
 
@@ -74,7 +74,7 @@ def test_missing_and_damaged_files_say_so(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json is damaged"):
         storage.load_json(tmp_path / "bad.json")
-    with pytest.raises(OSError, match="cannot save .*nowhere"):
+    with pytest.raises(OSError, match=r"cannot save .*nowhere"):
         storage.save_json(tmp_path / "nowhere" / "x.json", 1)
 
 

@@ -91,7 +91,8 @@ def test_the_order_follows_the_seed(world):
 
 def test_short_calls_are_repeated_until_a_sample_is_long_and_settle_first(world):
     w = world()
-    race(rounds=6, warmup=0, quick=w.work("quick", 0.0003), long=w.work("long", 0.2))
+    result = race(rounds=6, warmup=0, quick=w.work("quick", 0.0003), long=w.work("long", 0.2))
+    assert result.median("quick") == pytest.approx(0.0003)  # seconds are those of one call
     assert w.log.count("quick") == 3 + 12 * (1 + 7)  # pilots; 7 x 0.3 ms in each of 12 samples
     assert w.log.count("long") == 1 + 12
 
@@ -196,6 +197,19 @@ def test_noisy_rounds_are_left_out_for_every_candidate(world):
     assert not result.busy and result.tried > 20
     assert set(map(len, result.seconds.values())) == {20}
     assert max(result.seconds["a"]) == pytest.approx(0.1)
+
+
+def test_one_slow_product_of_three_condemns_its_round(world, monkeypatch):
+    w = world()
+    normal, slow = w.work("product", 0.002), w.work("product", 0.004)
+    calls = iter(range(1000))
+
+    def product():  # two calls at first, then six a round, each second one timed
+        (slow if next(calls) % 24 == 9 else normal)()  # slow at the start of one round in four
+
+    monkeypatch.setattr(rounds, "reference_product", lambda: product)
+    result = race(patience=0, a=w.work("a", 0.1), b=w.work("b", 0.1))
+    assert not result.busy and result.tried > 22
 
 
 def test_quiet_rounds_know_both_signs_of_a_busy_machine():
