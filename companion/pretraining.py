@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from companion.acceptance import accepted, sample_sources
-from companion.data import KINDS, SPLITS, Batches, documents, join_tokens, manifest, validation
+from companion.data import KINDS, SPLITS, Batches, documents, join_tokens, manifest, passage
 from companion.hardware import machine_card
 from companion.model import LanguageModel, ModelConfig
 from companion.optimizers import Muon
@@ -124,7 +124,8 @@ def report(model: LanguageModel, tokenizer: Tokenizer) -> dict:
     """Bits per byte on all held-out texts of each kind, with standard error; samples that parse."""
     found = {"accepted": accepted(sample_sources(model, tokenizer))}
     for kind in KINDS:
-        text = validation(tokenizer, kind=kind, characters=10**7, window=model.config.context - 1)
+        whole = "\n\n".join(documents(kind, "validation").values())
+        text = passage(whole, tokenizer, window=model.config.context - 1)
         bits = judge(text, {"tiny": model})["tiny"].bits_per_byte()
         error = (bits.high - bits.low) / 2 / 1.96
         found[kind] = {

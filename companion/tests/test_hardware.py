@@ -108,6 +108,18 @@ def test_widths_grow_only_until_a_product_takes_ten_milliseconds(monkeypatch, ra
     assert max(widths) == widest
 
 
+def test_best_seconds_is_the_fastest_after_the_warm_up(monkeypatch):
+    pace = iter([9.0, 0.03, 0.01, 0.02, 7.0])
+    now = [0.0]
+
+    def call():
+        now[0] += next(pace)
+
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+    assert hardware.best_seconds(call, patience=0.05) == pytest.approx(0.01)
+    assert next(pace) == 7.0  # 0.06 s were enough
+
+
 def test_read_rate_counts_every_byte_of_a_buffer_beyond_the_caches(monkeypatch):
     reads = []
     monkeypatch.setattr(hardware, "last_level_cache", lambda device: 65 * 2**20)
