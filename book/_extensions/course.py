@@ -28,8 +28,10 @@ CHAPTERS = "notebooks/"
 def use_local_libraries(app: Sphinx, config: Config) -> None:
     """Point the extensions at the vendored libraries, where they are complete."""
     config.html_static_path.append(str(STATIC))
+    hide_loader = {"after-widgets.js": {}}
     if not (STATIC / "vendor" / "pinned.txt").exists():
         app.add_js_file("course.js", priority=1)
+        config.nb_ipywidgets_js = {**config.nb_ipywidgets_js, **hide_loader}
         return
     app.add_js_file("course.js", priority=1, **{"data-widgets": "vendor/widgets/dist/"})
     config.mathjax_path = "vendor/mathjax/es5/tex-mml-chtml.js"
@@ -37,6 +39,7 @@ def use_local_libraries(app: Sphinx, config: Config) -> None:
     config.nb_ipywidgets_js = {
         "vendor/requirejs/require.js": {},
         "vendor/widgets/dist/embed-amd.js": {},
+        **hide_loader,
     }
 
 

@@ -78,7 +78,7 @@ FAULTS = """() => {
       (a, b) => a - b);
     return (high + 0.05) / (low + 0.05);
   };
-  const words = all('.bd-article :is(p, li, th, td, dt, dd, h1, h2, h3)').filter(
+  const words = all('.bd-article :is(p, li, th, td, caption, dt, dd, h1, h2, h3)').filter(
     (e) => e.textContent.trim() && e.getClientRects().length);
   say(words.filter((e) => contrast(e) < 4.5), 'text is hard to read', text);
   return faults;
