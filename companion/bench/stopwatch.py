@@ -4,7 +4,9 @@ A small model is raced against its own copy a hundred times: at a nominal 5 % at
 may be called a difference. Then the copy does 11 passes for every 10: a difference of 10 % that at
 least 90 of 100 races must find. Races that the busy-machine guard refuses are counted apart, at
 most 10 where the machine is quiet. The first question is asked again beside one and two programs
-that burn a core each. Nothing is written. Run it on a machine that does nothing else.
+that burn a core each. A wide model, which waits for memory, is shown without a goal: where its copy
+lies there can make a true difference. Nothing is written. Run it on a machine that does nothing
+else; it takes some minutes.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Trial:
     passes: tuple[int, int]  # forward passes a call of the model, and of its copy
     tokens: int
     burners: int = 0
+    judged: bool = True
 
     @property
     def same(self) -> bool:
@@ -51,7 +54,7 @@ class Trial:
 QUIET = [
     Trial("small model, its copy", SMALL, (10, 10), 16),
     Trial("small model, its copy with 10% more work", SMALL, (10, 11), 16),
-    Trial("one token, wide model, its copy", WIDE, (1, 1), 1),
+    Trial("one token, wide model, its copy", WIDE, (1, 1), 1, judged=False),
 ]
 BUSY = [
     Trial("small model, its copy, beside 1 burner", SMALL, (10, 10), 16, burners=1),
@@ -101,8 +104,12 @@ def row(trial: Trial, races: Sequence[Race], seconds: float) -> tuple[str, ...]:
     refused, called = len(races) - len(ratios), sum(ratio.excludes(1) for ratio in ratios)
     found = called / max(1, len(ratios))
     verdict = "good" if (found <= 0.1 if trial.same else found >= 0.9) else "BAD"
-    if refused > 0.1 * len(races) and (trial.burners == 0 or not ratios):
-        verdict = "MACHINE NOT QUIET" if trial.burners == 0 else "all refused"
+    if trial.burners == 0 and refused > 0.1 * len(races):
+        verdict = "MACHINE NOT QUIET"
+    elif not ratios:
+        verdict = "all refused"
+    elif not trial.judged:
+        verdict = "shown"
     reach = f"{median((r.high - r.low) / 2 for r in ratios):.1%}" if ratios else "-"
     centre = f"{median(r.estimate for r in ratios):.3f}" if ratios else "-"
     goal = "at most 10%" if trial.same else "at least 90%"

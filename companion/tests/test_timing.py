@@ -67,7 +67,7 @@ def test_a_still_world_gives_exact_medians_and_ratios(world):
     assert result.ratio("slow", "fast").estimate == pytest.approx(3)
     assert result.ratio("fast", "slow").estimate == pytest.approx(1 / 3)
     assert result.differs("slow", "fast") is True and not result.busy
-    assert [len(times) for times in result.seconds.values()] == [20, 20]
+    assert [len(times) for times in result.seconds.values()] == [25, 25]
 
 
 def test_each_round_goes_there_and_back_and_orders_vary(world):
@@ -164,7 +164,7 @@ def test_a_machine_that_is_always_taken_gives_no_number(world):
 def test_busy_says_so_and_gives_no_number(world):
     w = world(taken=1.0)
     result = race(patience=0, a=w.work("a", 0.1), b=w.work("b", 0.01))
-    assert result.busy and result.tried == 20
+    assert result.busy and result.tried == 25
     assert math.isnan(result.median("a")) and not result.ratio("a", "b").known
     assert result.differs("a", "b") is None
     for text in (str(result), result._repr_html_()):
@@ -182,7 +182,7 @@ def test_patience_waits_for_the_other_program_to_end(world):
     assert race(patience=0, **calls).busy
     w.time, w.taken = 0.0, 1.0
     patient = race(patience=30, **calls)
-    assert not patient.busy and patient.tried > 20 and len(patient.seconds["a"]) == 20
+    assert not patient.busy and patient.tried > 25 and len(patient.seconds["a"]) == 25
 
 
 def test_noisy_rounds_are_left_out_for_every_candidate(world):
@@ -194,8 +194,8 @@ def test_noisy_rounds_are_left_out_for_every_candidate(world):
             w.time, w.lost = w.time + 0.05, w.lost + 0.05
 
     result = race(patience=0, a=w.work("a", 0.1, stall), b=w.work("b", 0.1))
-    assert not result.busy and result.tried > 20
-    assert set(map(len, result.seconds.values())) == {20}
+    assert not result.busy and result.tried > 25
+    assert set(map(len, result.seconds.values())) == {25}
     assert max(result.seconds["a"]) == pytest.approx(0.1)
 
 
@@ -209,7 +209,7 @@ def test_one_slow_product_of_three_condemns_its_round(world, monkeypatch):
 
     monkeypatch.setattr(rounds, "reference_product", lambda: product)
     result = race(patience=0, a=w.work("a", 0.1), b=w.work("b", 0.1))
-    assert not result.busy and result.tried > 22
+    assert not result.busy and result.tried > 27
 
 
 def test_quiet_rounds_know_both_signs_of_a_busy_machine():
