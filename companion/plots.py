@@ -41,7 +41,8 @@ def roofline(
     x = [knee / 8, knee * 8, *(row[0] for row in rows.values())]
     span = np.geomspace(min(x) / 2, max(x) * 2, 200)
     summary = "; ".join(f"{name}: {_share(row)}" for name, row in rows.items())
-    text = f"Roofline, {dtype}: flat above {knee:.3g} FLOP/byte at {short(_giga(peak))} GFLOP/s. {summary}"
+    roof_text = f"flat above {knee:.3g} FLOP/byte at {short(_giga(peak))} GFLOP/s"
+    text = f"Roofline, {dtype}: {roof_text}. {summary}"
     with look.style():
         figure = look.card(title, alt=alt or text, height=4.6)
         axes = figure.subplots()
