@@ -22,7 +22,7 @@ import torch
 from companion.checks import require_whole
 from companion.hardware import synchronize
 
-SAMPLE = 0.001  # seconds: shorter calls are repeated until a sample lasts this long
+SAMPLE = 0.002  # seconds: shorter calls are repeated until a sample lasts this long
 SETTLE = 0.05  # calls shorter than this are preceded by an untimed one, which fills the caches
 WAITED = 0.05  # a round is noisy if some sample waited for a core for more than this share
 DRIFTED = 0.25  # or if the reference product took this much longer than it does in quiet rounds

@@ -20,8 +20,6 @@ from companion.intervals import Interval, median_interval, median_ratio
 from companion.rounds import Call, Clock, Round, Track, quiet_rounds, steady
 
 LAYOUT = 0.03  # two copies of one model differ by about this much, however long one measures
-BUDGET = 0.75  # seconds: by default a race has as many rounds as take about this long,
-FEWEST, MOST = 25, 100  # within these limits
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 def race(
     *,
-    rounds: int | None = None,
+    rounds: int = 25,
     warmup: int = 1,
     threads: int = 1,
     patience: float = 2.0,
@@ -119,35 +117,24 @@ def race(
 ) -> Race:
     """Time zero-argument callables against each other, by name, at `threads` torch threads.
 
-    `rounds` quiet rounds are kept (at least 6, the fewest that give a 95 % interval; if none is
-    said, 25 for slow calls and up to 100 for quick ones); each samples every candidate twice. Noisy ones are run again while at least half were quiet or `patience`
+    `rounds` quiet rounds are kept (at least 6, the fewest that give a 95 % interval); each samples
+    every candidate twice. Noisy ones are run again while at least half were quiet or `patience`
     seconds last; after that the machine is called busy. The candidates are called `warmup` times
     before anything is timed.
     Raises ValueError for no candidates, one that cannot be called, and numbers out of range. What a
     candidate raises comes through, with the thread count put back.
     """
-    if rounds is not None:
-        require_whole("rounds", rounds, least=6)
+    require_whole("rounds", rounds, least=6)
     require_whole("warmup", warmup, least=0)
     require(patience >= 0, f"patience is {patience!r}; it must be at least 0 seconds")
     require(bool(candidates), "no candidates: name some callables, as in race(plain=f, quick=g)")
     for name, call in candidates.items():
         require(callable(call), f"candidate {name!r} is {call!r}, which cannot be called")
     with steady(threads):
-        track = Track(candidates, warmup, seed)
-        rounds = rounds or affordable(track)
-        tries = _run(track, rounds, patience)
+        tries = _run(Track(candidates, warmup, seed), rounds, patience)
     kept = [r.seconds for r, quiet in zip(tries, quiet_rounds(tries), strict=True) if quiet]
     seconds = {name: tuple(times[name] for times in kept) for name in candidates}
     return Race(seconds, threads, len(tries), "" if len(kept) >= rounds else _reason(tries, kept))
-
-
-def affordable(track: Track) -> int:
-    """How many rounds fit the budget, by one for practice. Said before any counts: no peeking."""
-    start = track.clock.now()
-    track.round()
-    seconds = max(track.clock.now() - start, 1e-9)
-    return max(FEWEST, min(MOST, int(BUDGET / seconds)))
 
 
 def _run(track: Track, rounds: int, patience: float) -> list[Round]:
