@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from companion.checks import require, require_known
+from companion.checks import require
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LONG_ENOUGH = 0.01  # seconds: a product that takes this long is large enough to show the peak
@@ -98,14 +98,6 @@ class Peaks:
     threads: int
     flops: Mapping[str, float]  # FLOP/s of a matrix product by dtype, such as "float32"
     bandwidth: float  # bytes/s read from memory
-
-    def knee(self, dtype: str = "float32") -> float:
-        """FLOPs a byte above which arithmetic is the wait, below which memory is.
-
-        The ridge point of the roofline, Williams et al., doi:10.1145/1498765.1498785.
-        """
-        require_known("dtype", dtype, tuple(self.flops))
-        return self.flops[dtype] / self.bandwidth
 
     def as_dict(self) -> dict:
         return asdict(self)

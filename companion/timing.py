@@ -22,7 +22,7 @@ from companion.rounds import Call, Clock, Round, Track, quiet_rounds, steady
 LAYOUT = 0.03  # two copies of one model differ by about this much, however long one measures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Race:
     """The quiet rounds of a race; without enough of them no number comes out of it."""
 
@@ -81,6 +81,9 @@ class Race:
         quiet = len(next(iter(self.seconds.values())))
         noisy = f", {self.tried - quiet} noisy ones left out" if self.tried > quiet else ""
         return f"medians of {quiet} rounds{noisy}, 95% intervals; threads: {self.threads}"
+
+    def __repr__(self) -> str:  # what a cell shows where there is no HTML
+        return str(self)
 
     def __str__(self) -> str:
         if self.busy:

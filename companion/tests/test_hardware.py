@@ -68,7 +68,7 @@ def test_peaks_are_measured_once_for_each_thread_count(monkeypatch):
     try:
         first = peaks("cpu")
         assert peaks("cpu") is first and len(calls) == len(hardware.DTYPES)
-        assert "float64" not in first.flops and first.knee("bfloat16") == 2.0
+        assert "float64" not in first.flops
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
         try:
@@ -142,9 +142,7 @@ def test_real_products_reach_a_plausible_rate():
     assert 1e7 < rate < 1e15
 
 
-def test_peaks_refuse_a_dtype_they_lack_and_a_device_that_is_not_there(monkeypatch):
-    with pytest.raises(ValueError, match="dtype is 'int8'; known are: float32"):
-        Peaks("cpu", 1, {"float32": 1e9}, 1e9).knee("int8")
+def test_peaks_refuse_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for call in (peaks, machine_card):

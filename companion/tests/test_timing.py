@@ -272,7 +272,7 @@ STILL = Race({"plain": (0.0102,) * 9, "<quick>": (0.0051,) * 9}, threads=1, trie
 
 
 def test_a_race_renders_its_medians_and_ratios():
-    for text in (str(STILL), STILL._repr_html_()):
+    for text in (str(STILL), repr(STILL), STILL._repr_html_()):
         assert "ms a call" in text and "10.2" in text and "5.10" in text
         assert "0.50" in text and "9 rounds, 2 noisy ones left out" in text
     assert "&lt;quick&gt;" in STILL._repr_html_()
