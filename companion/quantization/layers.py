@@ -1,0 +1,117 @@
+"""Layers that hold their weight in few bits and expand it when it is used.
+
+`QuantizedMatrix` is the storage: packed codes, and the scales they are read with. A linear layer
+and an embedding read from one; a tied head and its embedding read from the same, which is stored
+once. Expanding costs time: this is the plain path that runs everywhere and that every faster kernel
+must agree with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from companion.quantization.formats import Cast, Table
+from companion.quantization.grids import Grid
+from companion.quantization.packing import pack, unpack
+
+Scheme = Grid | Cast | Table
+
+
+class QuantizedMatrix(nn.Module):
+    """A weight (O, I), stored as codes and a scheme: bytes count as they lie in memory."""
+
+    def __init__(self, codes: Tensor, scheme: Scheme, inputs: int) -> None:
+        """Store codes (O, G, N), or (1, 1, O x I), whose rows have `inputs` numbers."""
+        super().__init__()
+        self.kind, self.inputs = type(scheme), inputs
+        self.bits = getattr(scheme, "bits", None)  # None: codes are floating-point numbers
+        rows = codes.reshape(-1, inputs)
+        self.register_buffer("codes", rows if self.bits is None else pack(rows, self.bits))
+        for field in fields(scheme):
+            value = getattr(scheme, field.name)
+            if isinstance(value, Tensor):
+                self.register_buffer(field.name, _narrow(value, field.name, self.kind))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.inputs
+
+    @property
+    def scheme(self) -> Scheme:
+        """How codes are read, in FP32."""
+        rest = {"dtype": self.codes.dtype} if self.bits is None else {"bits": self.bits}
+        held = dict(self.named_buffers())
+        held.pop("codes")
+        return self.kind(**rest, **{name: tensor.float() for name, tensor in held.items()})
+
+    def unpacked(self) -> Tensor:
+        """The codes (O, I): int8, or the floating-point type they are stored in."""
+        return self.codes if self.bits is None else unpack(self.codes, self.bits)
+
+    def expand(self) -> Tensor:
+        """The weight (O, I) in FP32."""
+        return self._read(self.unpacked(), self.scheme)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows (..., I) by their numbers (...), in FP32; the others stay packed."""
+        flat = ids.flatten()
+        codes = self.codes[flat]
+        codes = codes if self.bits is None else unpack(codes, self.bits)
+        scheme = self.scheme
+        if scheme.scale is not None and len(scheme.scale) > 1:  # not one scale for the whole
+            picked = {n: getattr(scheme, n, None) for n in ("scale", "zero", "offset")}
+            picked = {n: t[flat] for n, t in picked.items() if t is not None}
+            scheme = replace(scheme, **picked)
+        return self._read(codes, scheme).view(*ids.shape, self.inputs)
+
+    def _read(self, codes: Tensor, scheme: Scheme) -> Tensor:
+        """Numbers (R, I) from codes (R, I): each group through its own scale."""
+        if scheme.scale is None:
+            return scheme.numbers(codes)
+        rows, groups, _ = scheme.scale.shape
+        return scheme.numbers(codes.reshape(rows, groups, -1)).view(-1, self.inputs)
+
+    def extra_repr(self) -> str:
+        stored = self.kind.__name__.lower() if self.bits is None else f"bits={self.bits}"
+        return f"{self.shape[0]} x {self.shape[1]}, {stored}"
+
+
+def _narrow(tensor: Tensor, name: str, kind: type) -> Tensor:
+    """Scales and offsets of a grid in 16 bits, zeros in 8; the tables of other formats as given."""
+    if kind is not Grid:
+        return tensor
+    return tensor.to(torch.int8 if name == "zero" else torch.float16)
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T with W expanded from a `QuantizedMatrix`, in the type of x."""
+
+    def __init__(self, matrix: QuantizedMatrix) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.matrix.expand().to(x.dtype))
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a `QuantizedMatrix` by token id, in FP32."""
+
+    def __init__(self, matrix: QuantizedMatrix) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.matrix.rows(tokens)

@@ -1,0 +1,135 @@
+"""The technique: a model in, a new model with fewer bits a weight out.
+
+Every linear layer inside the blocks is replaced, then embedding and head, which take more bits by
+default: with 49,152 tokens they are a fifth of SmolLM2 and matter more than their size. A head that
+is tied to the embedding stays tied, so its codes are stored once. Norms keep their type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from companion.checks import require, require_known
+from companion.model import LanguageModel
+from companion.quantization.formats import FORMATS, in_format
+from companion.quantization.grids import (
+    Limits,
+    affine,
+    code_range,
+    extremes,
+    fit,
+    grouped,
+)
+from companion.quantization.grids import Mapping as GridMapping
+from companion.quantization.layers import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedMatrix,
+    Scheme,
+)
+from companion.surgery import chosen, copied, linears
+
+QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """How one weight is stored: bits of a code or a format's name, and how its grid is found."""
+
+    bits: int | str = 8
+    group: int | str = "row"
+    mapping: GridMapping = affine
+    limits: Limits = extremes
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, str):
+            require_known("format", self.bits, FORMATS)
+        else:
+            code_range(self.bits)
+
+    def scheme(self, weight: Tensor) -> Scheme:
+        """The grids, or the format, of a weight already grouped as (O, G, N)."""
+        if isinstance(self.bits, str):
+            return in_format(weight, self.bits)
+        grid = fit(weight, self.bits, mapping=self.mapping, limits=self.limits)
+        return grid.stored_as(torch.float16)
+
+
+Rounding = Callable[[str, Tensor, Coding], tuple[Tensor, Scheme]]
+
+
+def nearest(name: str, weight: Tensor, coding: Coding) -> tuple[Tensor, Scheme]:
+    """Round-to-nearest: codes (O, G, N) and scheme of a weight (O, I), each number on its own."""
+    numbers = grouped(weight, coding.group)
+    scheme = coding.scheme(numbers)
+    return scheme.codes(numbers), scheme
+
+
+def quantize(
+    model: LanguageModel,
+    bits: int | str | Mapping[str, int | str] = 8,
+    *,
+    group: int | str = "row",
+    mapping: GridMapping = affine,
+    limits: Limits = extremes,
+    rounding: Rounding = nearest,
+    head: int | str | None = 8,
+) -> LanguageModel:
+    """A new model whose weights are stored in `bits` (2 to 8), or in a format such as "nf4".
+
+    `bits` may also say it layer by layer, by name: {"blocks.0.mlp.up": 4, ...}; layers left out
+    stay as they are. `head` is for embedding and head, a scale a row; None leaves them alone.
+    `rounding` chooses the codes (`nearest`, or an object that has seen calibration data).
+    Raises ValueError for bits, groups and formats that cannot be, weights that are not finite, and
+    a model that is quantized already; the model given stays as it was.
+    """
+    require_plain(model)
+    default = Coding(bits=8 if isinstance(bits, Mapping) else bits, group=group, mapping=mapping,
+                     limits=limits)  # fmt: skip
+    codings = _codings(model, bits, default)
+    new = copied(model).requires_grad_(False)
+    for name, coding in codings.items():
+        matrix = _matrix(name, new.get_submodule(name).weight, coding, rounding)
+        new.set_submodule(name, QuantizedLinear(matrix))
+    if head is not None:
+        _replace_ends(new, replace(default, bits=head, group="row"))
+    return new
+
+
+def require_plain(model: nn.Module) -> None:
+    """Raise ValueError unless the model's layers still hold plain floating-point weights."""
+    found = [name for name, module in model.named_modules() if isinstance(module, QUANTIZED)]
+    require(not found, f"{(found or [''])[0]} is quantized already; start from the original model")
+
+
+def _codings(
+    model: nn.Module, bits: int | str | Mapping[str, int | str], default: Coding
+) -> dict[str, Coding]:
+    layers = chosen(model, linears)
+    if not isinstance(bits, Mapping):
+        return dict.fromkeys(layers, default)
+    for name in bits:
+        require(name in layers, f"{name!r} is no linear layer of a block; print the model to see")
+    return {name: replace(default, bits=own) for name, own in bits.items()}
+
+
+@torch.no_grad()
+def _matrix(name: str, weight: Tensor, coding: Coding, rounding: Rounding) -> QuantizedMatrix:
+    require(weight.is_floating_point(), f"{name} has {weight.dtype} weights; floats are expected")
+    try:
+        codes, scheme = rounding(name, weight.float(), coding)
+        return QuantizedMatrix(codes, scheme, weight.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _replace_ends(model: LanguageModel, coding: Coding) -> None:
+    """Embedding and head; if they are tied, both read from one matrix."""
+    tied = model.head.weight is model.embedding.weight
+    matrix = _matrix("embedding", model.embedding.weight, coding, nearest)
+    head = matrix if tied else _matrix("head", model.head.weight, coding, nearest)
+    model.embedding, model.head = QuantizedEmbedding(matrix), QuantizedLinear(head)

@@ -1,0 +1,89 @@
+"""Quantized layers compute what their expanded weights compute, and store what they say."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from companion.memory import stored_bytes
+from companion.quantization import affine, minimum, symmetric
+from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
+from companion.quantization.replacing import Coding, nearest
+
+CODINGS = {
+    "row": Coding(bits=8),
+    "tensor": Coding(bits=6, group="tensor", mapping=symmetric),
+    "group": Coding(bits=4, group=8, mapping=affine),
+    "minimum": Coding(bits=3, group=16, mapping=minimum),
+    "nf4": Coding(bits="nf4", group=8),
+    "fp8": Coding(bits="float8_e4m3fn"),
+    "bf16": Coding(bits="bfloat16"),
+}
+
+
+def weight(seed=0):
+    return torch.randn(12, 16, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+@pytest.fixture(params=CODINGS)
+def case(request):
+    coding = CODINGS[request.param]
+    codes, scheme = nearest("w", weight(), coding)
+    expected = scheme.numbers(codes).reshape(12, 16)
+    return QuantizedMatrix(codes, scheme, 16), expected
+
+
+def test_a_matrix_expands_to_the_rounded_weight(case):
+    matrix, expected = case
+    assert matrix.shape == (12, 16) and torch.equal(matrix.expand(), expected)
+    assert (expected - weight()).abs().max() < 0.1
+
+
+def test_rows_are_rows_of_the_expanded_weight(case):
+    matrix, expected = case
+    ids = torch.tensor([[3, 3], [11, 0]])
+    assert torch.equal(matrix.rows(ids), expected[ids])
+    assert torch.equal(QuantizedEmbedding(matrix)(ids), expected[ids])
+
+
+def test_a_linear_layer_is_the_product_with_the_expanded_weight(case):
+    matrix, expected = case
+    layer, x = QuantizedLinear(matrix), torch.randn(5, 16)
+    assert torch.equal(layer(x), x @ expected.T)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert (layer.in_features, layer.out_features) == (16, 12)
+
+
+def test_copies_and_states_come_back(case):
+    matrix, expected = case
+    assert torch.equal(copy.deepcopy(matrix).expand(), expected)
+    codes, scheme = nearest("w", torch.zeros(12, 16), _coding_of(expected, matrix))
+    other = QuantizedMatrix(codes, scheme, 16)
+    other.load_state_dict(matrix.state_dict())
+    assert torch.equal(other.expand(), expected)
+
+
+def _coding_of(expected, matrix):
+    for coding in CODINGS.values():
+        codes, scheme = nearest("w", weight(), coding)
+        if torch.equal(scheme.numbers(codes).reshape(12, 16), expected):
+            return coding
+    raise AssertionError("no coding gives this matrix")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("row", 12 * 16 + 12 * (2 + 1)),  # codes; scale in FP16, zero in INT8
+        ("tensor", 12 * 16 * 6 // 8 + 2),
+        ("group", 12 * 16 // 2 + 24 * 3),
+        ("minimum", 12 * 16 * 3 // 8 + 12 * (2 + 1 + 2)),
+        ("nf4", 12 * 16 // 2 + 24 * 4 + 16 * 4),
+        ("fp8", 12 * 16 + 12 * 4),
+        ("bf16", 12 * 16 * 2),
+    ],
+)
+def test_bytes_are_counted_one_by_one(name, expected):
+    codes, scheme = nearest("w", weight(), CODINGS[name])
+    assert stored_bytes(nn.Sequential(QuantizedMatrix(codes, scheme, 16))) == expected
