@@ -24,8 +24,13 @@ Scheme = Grid | Cast | Table
 class QuantizedMatrix(nn.Module):
     """A weight (O, I), stored as codes and a scheme: bytes count as they lie in memory."""
 
-    def __init__(self, codes: Tensor, scheme: Scheme, inputs: int) -> None:
-        """Store codes (O, G, N), or (1, 1, O x I), whose rows have `inputs` numbers."""
+    def __init__(
+        self, codes: Tensor, scheme: Scheme, inputs: int, columns: Tensor | None = None
+    ) -> None:
+        """Store codes (O, G, N), or (1, 1, O x I), whose rows have `inputs` numbers.
+
+        `columns` (I,) multiplies each column of what the codes stand for.
+        """
         super().__init__()
         self.kind, self.inputs = type(scheme), inputs
         self.bits = getattr(scheme, "bits", None)  # None: codes are floating-point numbers
@@ -35,6 +40,7 @@ class QuantizedMatrix(nn.Module):
             value = getattr(scheme, field.name)
             if isinstance(value, Tensor):
                 self.register_buffer(field.name, _narrow(value, field.name, self.kind))
+        self.register_buffer("columns", None if columns is None else columns.half())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,9 +50,9 @@ class QuantizedMatrix(nn.Module):
     def scheme(self) -> Scheme:
         """How codes are read, in FP32."""
         rest = {"dtype": self.codes.dtype} if self.bits is None else {"bits": self.bits}
-        held = dict(self.named_buffers())
-        held.pop("codes")
-        return self.kind(**rest, **{name: tensor.float() for name, tensor in held.items()})
+        named = [field.name for field in fields(self.kind) if hasattr(self, field.name)]
+        held = {name: getattr(self, name).float() for name in named if name != "bits"}
+        return self.kind(**rest, **held)
 
     def unpacked(self) -> Tensor:
         """The codes (O, I): int8, or the floating-point type they are stored in."""
@@ -70,10 +76,10 @@ class QuantizedMatrix(nn.Module):
 
     def _read(self, codes: Tensor, scheme: Scheme) -> Tensor:
         """Numbers (R, I) from codes (R, I): each group through its own scale."""
-        if scheme.scale is None:
-            return scheme.numbers(codes)
-        rows, groups, _ = scheme.scale.shape
-        return scheme.numbers(codes.reshape(rows, groups, -1)).view(-1, self.inputs)
+        if scheme.scale is not None:
+            codes = codes.reshape(*scheme.scale.shape[:2], -1)
+        numbers = scheme.numbers(codes).view(-1, self.inputs)
+        return numbers if self.columns is None else numbers * self.columns.float()
 
     def extra_repr(self) -> str:
         stored = self.kind.__name__.lower() if self.bits is None else f"bits={self.bits}"

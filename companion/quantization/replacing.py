@@ -59,14 +59,28 @@ class Coding:
         return grid.stored_as(torch.float16)
 
 
-Rounding = Callable[[str, Tensor, Coding], tuple[Tensor, Scheme]]
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """What became of a weight (O, I): codes (O, G, N), what they stand for, and times what."""
+
+    codes: Tensor
+    scheme: Scheme
+    columns: Tensor | None = None  # (I,): each column is to be multiplied by this; None: by 1
+
+    def numbers(self, inputs: int) -> Tensor:
+        """The weight (O, I) that is left, of rows of `inputs` numbers."""
+        numbers = self.scheme.numbers(self.codes).reshape(-1, inputs)
+        return numbers if self.columns is None else numbers * self.columns
 
 
-def nearest(name: str, weight: Tensor, coding: Coding) -> tuple[Tensor, Scheme]:
-    """Round-to-nearest: codes (O, G, N) and scheme of a weight (O, I), each number on its own."""
+Rounding = Callable[[str, Tensor, Coding], Rounded]
+
+
+def nearest(name: str, weight: Tensor, coding: Coding) -> Rounded:
+    """Round-to-nearest: each number of a weight (O, I) on its own."""
     numbers = grouped(weight, coding.group)
     scheme = coding.scheme(numbers)
-    return scheme.codes(numbers), scheme
+    return Rounded(scheme.codes(numbers), scheme)
 
 
 def quantize(
@@ -121,8 +135,8 @@ def _codings(
 def _matrix(name: str, weight: Tensor, coding: Coding, rounding: Rounding) -> QuantizedMatrix:
     require(weight.is_floating_point(), f"{name} has {weight.dtype} weights; floats are expected")
     try:
-        codes, scheme = rounding(name, weight.float(), coding)
-        return QuantizedMatrix(codes, scheme, weight.shape[1])
+        found = rounding(name, weight.float(), coding)
+        return QuantizedMatrix(found.codes, found.scheme, weight.shape[1], found.columns)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

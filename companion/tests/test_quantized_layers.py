@@ -29,9 +29,8 @@ def weight(seed=0):
 @pytest.fixture(params=CODINGS)
 def case(request):
     coding = CODINGS[request.param]
-    codes, scheme = nearest("w", weight(), coding)
-    expected = scheme.numbers(codes).reshape(12, 16)
-    return QuantizedMatrix(codes, scheme, 16), expected
+    found = nearest("w", weight(), coding)
+    return QuantizedMatrix(found.codes, found.scheme, 16), found.numbers(16)
 
 
 def test_a_matrix_expands_to_the_rounded_weight(case):
@@ -58,16 +57,15 @@ def test_a_linear_layer_is_the_product_with_the_expanded_weight(case):
 def test_copies_and_states_come_back(case):
     matrix, expected = case
     assert torch.equal(copy.deepcopy(matrix).expand(), expected)
-    codes, scheme = nearest("w", torch.zeros(12, 16), _coding_of(expected, matrix))
-    other = QuantizedMatrix(codes, scheme, 16)
+    zeros = nearest("w", torch.zeros(12, 16), _coding_of(expected))
+    other = QuantizedMatrix(zeros.codes, zeros.scheme, 16)
     other.load_state_dict(matrix.state_dict())
     assert torch.equal(other.expand(), expected)
 
 
-def _coding_of(expected, matrix):
+def _coding_of(expected):
     for coding in CODINGS.values():
-        codes, scheme = nearest("w", weight(), coding)
-        if torch.equal(scheme.numbers(codes).reshape(12, 16), expected):
+        if torch.equal(nearest("w", weight(), coding).numbers(16), expected):
             return coding
     raise AssertionError("no coding gives this matrix")
 
@@ -85,5 +83,15 @@ def _coding_of(expected, matrix):
     ],
 )
 def test_bytes_are_counted_one_by_one(name, expected):
-    codes, scheme = nearest("w", weight(), CODINGS[name])
-    assert stored_bytes(nn.Sequential(QuantizedMatrix(codes, scheme, 16))) == expected
+    found = nearest("w", weight(), CODINGS[name])
+    matrix = QuantizedMatrix(found.codes, found.scheme, 16)
+    assert stored_bytes(nn.Sequential(matrix)) == expected
+
+
+def test_columns_multiply_the_expanded_weight():
+    found = nearest("w", weight(), CODINGS["group"])
+    columns = torch.linspace(0.5, 2, 16).half().float()
+    matrix = QuantizedMatrix(found.codes, found.scheme, 16, columns)
+    assert torch.equal(matrix.expand(), found.numbers(16) * columns)
+    assert torch.equal(matrix.rows(torch.tensor([4])), matrix.expand()[4:5])
+    assert "columns" in matrix.state_dict()

@@ -1,0 +1,115 @@
+"""GPTQ: round one input's weights after another, and let those to come make up for each error.
+
+Rounding W to Q changes a layer's output by X (W - Q)^T, so an error counts by H = X^T X, the
+inputs' products on calibration text, and not alone by its size. Once input i is rounded with error
+e, the best change of all later weights is known in closed form from the inverse of H.
+
+Frantar et al., "GPTQ", arXiv:2210.17323, after Optimal Brain Surgeon (Hassibi and Stork, 1993).
+Grids are found beforehand from the weights as they were, so that inputs may be taken in any order.
+
+Axes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from companion.checks import require_number, require_whole
+from companion.quantization.calibration import Inputs, seen
+from companion.quantization.grids import grouped
+from companion.quantization.layers import Scheme
+from companion.quantization.replacing import Coding, Rounded, Rounding
+
+
+def gptq(
+    inputs: Mapping[str, Inputs],
+    *,
+    ordered: bool = True,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Rounding:
+    """A rounding for `quantize` that knows each layer's inputs, as `observe` saw them.
+
+    `ordered` takes the inputs with the largest squares first, while most weights can still make up
+    for errors. `damping` is added to the diagonal of H, as a share of its mean. `block` inputs are
+    finished before the change is carried to the rest, which changes the speed alone.
+    """
+    require_number("damping", damping, above=0)
+    require_whole("block", block)
+
+    def rounding(name: str, weight: Tensor, coding: Coding) -> Rounded:
+        products, wanted = seen(inputs, name, weight).products, weight.shape[1]
+        numbers = grouped(weight, coding.group)
+        scheme = coding.scheme(numbers)
+        order = products.diagonal().argsort(descending=True) if ordered else torch.arange(wanted)
+        codes = compensated(
+            weight[:, order],
+            _permuted(scheme, numbers, order),
+            factor(products[order][:, order], damping),
+            block,
+        )
+        back = torch.empty_like(codes)
+        back[:, order] = codes
+        return Rounded(back.view(numbers.shape), scheme)
+
+    return rounding
+
+
+def factor(products: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor U of the damped inverse, U^T U = H^-1, (I, I).
+
+    Row i of U, divided by its diagonal, says how each later weight makes up for an error in i once
+    the earlier ones are fixed. Computed in FP64: with few positions H is nearly singular.
+    """
+    h = products.double()
+    h = h + damping * h.diagonal().mean().clamp(min=1e-12) * torch.eye(len(h), device=h.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True).to(products.dtype)
+
+
+def compensated(weight: Tensor, scheme: Scheme, upper: Tensor, block: int = 128) -> Tensor:
+    """Codes (O, I) of a weight, rounded input by input; scheme tensors are (O, I), `upper` (I, I).
+
+    Later columns take over each error: W[:, later] -= e U[i, later] / U[i, i].
+    """
+    weight = weight.clone()
+    parts = []
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
+        inside = upper[start:stop, start:stop]
+        now = weight[:, start:stop]  # a view: the loop below works on the weight itself
+        errors = torch.zeros_like(now)
+        for i in range(stop - start):
+            column = now[:, i : i + 1]
+            grid = _column(scheme, start + i)
+            codes = grid.codes(column)
+            parts.append(codes)
+            errors[:, i : i + 1] = (column - grid.numbers(codes)) / inside[i, i]
+            now[:, i + 1 :] -= errors[:, i : i + 1] * inside[i, i + 1 :]
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return torch.cat(parts, dim=1)
+
+
+FIELDS = ("scale", "zero", "offset")  # of a scheme: what differs from group to group
+
+
+def _tensors(scheme: Scheme) -> dict[str, Tensor]:
+    found = {name: getattr(scheme, name, None) for name in FIELDS}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _permuted(scheme: Scheme, numbers: Tensor, order: Tensor) -> Scheme:
+    """The scheme with a column of its own, (O, I), for each input in the new order."""
+    outputs_first = {
+        name: tensor.expand(numbers.shape).reshape(-1, len(order))[:, order]
+        for name, tensor in _tensors(scheme).items()
+    }
+    return replace(scheme, **outputs_first)
+
+
+def _column(scheme: Scheme, i: int) -> Scheme:
+    return replace(scheme, **{n: t[:, i : i + 1] for n, t in _tensors(scheme).items()})
