@@ -1,0 +1,135 @@
+"""Activations in eight bits too: both factors of a product are integers, and so is the sum.
+
+With X = s_x (P - z) and W = s_w Q, row by row, X W^T = s_x s_w (P Q^T - z sum(Q)): the large
+product runs on small integers. What is chosen is the range of X:
+
+    per token    each vector has a scale of its own, found when it comes: dynamic
+    per tensor   one scale for all vectors of a call, found when they come: dynamic
+    static       one scale, fixed beforehand from calibration text; larger values are cut off
+
+The difference between dynamic and static lies in the activations; weights are converted once in
+either. Jacob et al., arXiv:1712.05877; Dettmers et al., "LLM.int8()", arXiv:2208.07339.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from companion.checks import require
+from companion.model import LanguageModel
+from companion.quantization.calibration import Inputs, seen
+from companion.quantization.grids import Grid, affine, code_range, fit
+from companion.quantization.layers import QuantizedLinear
+from companion.surgery import swapped
+
+Range = Callable[[Tensor], Grid]
+
+
+class PerToken:
+    """A grid for each vector of (N, I), from its own extremes."""
+
+    def __init__(self, bits: int = 8) -> None:
+        code_range(bits)
+        self.bits = bits
+
+    def __call__(self, x: Tensor) -> Grid:
+        return fit(x, self.bits, mapping=affine)
+
+
+class PerTensor(PerToken):
+    """One grid for all of (N, I), from the extremes of this call."""
+
+    def __call__(self, x: Tensor) -> Grid:
+        return fit(x.reshape(1, -1), self.bits, mapping=affine)
+
+
+class Static:
+    """One grid for all calls, from the extremes seen in calibration."""
+
+    def __init__(self, low: float, high: float, bits: int = 8) -> None:
+        code_range(bits)
+        good = low <= 0 <= high and low < high
+        require(good, f"the range is {low} to {high}; it must hold 0 and more")
+        self.grid = affine(torch.tensor([[low]]), torch.tensor([[high]]), bits)
+
+    def __call__(self, x: Tensor) -> Grid:
+        return self.grid
+
+
+class IntegerLinear(nn.Module):
+    """y = x W^T with integers on both sides, from a `QuantizedLinear` of one scale a row.
+
+    Sums are exact: products of 8-bit codes are added in FP64 here, which holds them all, so that
+    any machine gives the same. `companion.quantization.kernels` has the same product at speed.
+    """
+
+    def __init__(self, linear: QuantizedLinear, range_of: Range) -> None:
+        super().__init__()
+        self.matrix, self.range_of = linear.matrix, range_of
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.detach().flatten(0, -2).float()
+        grid, weight = self.range_of(rows), self.matrix.scheme
+        p, q = grid.codes(rows).double(), self.matrix.unpacked().double()
+        sums = p @ q.T - grid.zero.double() * q.sum(1)
+        y = sums * grid.scale.double() * weight.scale.view(1, -1).double()
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def integer(
+    model: LanguageModel,
+    range_of: Range | Mapping[str, Range] | None = None,
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+) -> LanguageModel:
+    """A new model whose quantized layers inside the blocks read integers: W8A8 if both are 8 bits.
+
+    `range_of` finds the grid of what a layer reads (`PerToken()` if None), or does so by the
+    layer's name. Raises ValueError for a model whose weights are not on symmetric grids, one a row.
+    """
+    ranges = PerToken() if range_of is None else range_of
+
+    def make(name: str, linear: nn.Module) -> nn.Module:
+        _require_rows(name, linear)
+        if isinstance(ranges, Mapping):
+            require(name in ranges, f"no range is given for {name}; calibrate on the same model")
+            return IntegerLinear(linear, ranges[name])
+        return IntegerLinear(linear, ranges)
+
+    return swapped(model, where or _inside, make)
+
+
+def static_ranges(
+    model: LanguageModel, inputs: Mapping[str, Inputs], bits: int = 8
+) -> dict[str, Static]:
+    """The `Static` range of each quantized layer, from what `observe` saw on the plain model."""
+    found = {}
+    for name, module in model.named_modules():
+        if _inside(name, module):
+            one = seen(inputs, name, module.matrix)
+            found[name] = Static(one.low, one.high, bits)
+    return found
+
+
+def _inside(name: str, module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear) and name.startswith("blocks.")
+
+
+def _require_rows(name: str, linear: QuantizedLinear) -> None:
+    scheme = linear.matrix.scheme
+    rows = isinstance(scheme, Grid) and scheme.scale.shape[1] == 1
+    plain = rows and scheme.zero is None and scheme.offset is None
+    good = plain and linear.matrix.columns is None
+    wanted = 'quantize(..., group="row", mapping=symmetric)'
+    require(good, f"{name} has no symmetric grid a row, which integer products need; use {wanted}")
