@@ -102,33 +102,46 @@ def quantize(
     a model that is quantized already; the model given stays as it was.
     """
     require_plain(model)
-    default = Coding(bits=8 if isinstance(bits, Mapping) else bits, group=group, mapping=mapping,
-                     limits=limits)  # fmt: skip
-    codings = _codings(model, bits, default)
+    plan = codings(model, bits, group=group, mapping=mapping, limits=limits, head=head)
     new = copied(model).requires_grad_(False)
-    for name, coding in codings.items():
+    for name, coding in plan.items():
+        if name in ("embedding", "head"):
+            continue
         matrix = _matrix(name, new.get_submodule(name).weight, coding, rounding)
         new.set_submodule(name, QuantizedLinear(matrix))
     if head is not None:
-        _replace_ends(new, replace(default, bits=head, group="row"))
+        _replace_ends(new, plan["embedding"])
     return new
+
+
+def codings(
+    model: LanguageModel,
+    bits: int | str | Mapping[str, int | str] = 8,
+    *,
+    group: int | str = "row",
+    mapping: GridMapping = affine,
+    limits: Limits = extremes,
+    head: int | str | None = 8,
+) -> dict[str, Coding]:
+    """How `quantize`, given the same options, stores each weight it replaces, by layer name."""
+    default = Coding(
+        bits=8 if isinstance(bits, Mapping) else bits, group=group, mapping=mapping, limits=limits
+    )
+    layers = chosen(model, linears)
+    named = bits if isinstance(bits, Mapping) else dict.fromkeys(layers, bits)
+    for name in named:
+        require(name in layers, f"{name!r} is no linear layer of a block; print the model to see")
+    found = {name: replace(default, bits=own) for name, own in named.items()}
+    if head is not None:
+        ends = replace(default, bits=head, group="row")
+        found |= {"embedding": ends, "head": ends}
+    return found
 
 
 def require_plain(model: nn.Module) -> None:
     """Raise ValueError unless the model's layers still hold plain floating-point weights."""
     found = [name for name, module in model.named_modules() if isinstance(module, QUANTIZED)]
     require(not found, f"{(found or [''])[0]} is quantized already; start from the original model")
-
-
-def _codings(
-    model: nn.Module, bits: int | str | Mapping[str, int | str], default: Coding
-) -> dict[str, Coding]:
-    layers = chosen(model, linears)
-    if not isinstance(bits, Mapping):
-        return dict.fromkeys(layers, default)
-    for name in bits:
-        require(name in layers, f"{name!r} is no linear layer of a block; print the model to see")
-    return {name: replace(default, bits=own) for name, own in bits.items()}
 
 
 @torch.no_grad()
