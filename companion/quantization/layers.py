@@ -8,6 +8,7 @@ must agree with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import torch
@@ -41,6 +42,19 @@ class QuantizedMatrix(nn.Module):
             if isinstance(value, Tensor):
                 self.register_buffer(field.name, _narrow(value, field.name, self.kind))
         self.register_buffer("columns", None if columns is None else columns.half())
+
+    @classmethod
+    def of(
+        cls, kind: type, bits: int | None, inputs: int, tensors: Mapping[str, Tensor]
+    ) -> QuantizedMatrix:
+        """A matrix from the tensors that its `state_dict` gave."""
+        matrix = cls.__new__(cls)
+        nn.Module.__init__(matrix)
+        matrix.kind, matrix.bits, matrix.inputs = kind, bits, inputs
+        for name, tensor in {"columns": None, **tensors}.items():
+            matrix.register_buffer(name, tensor)
+        matrix.expand()  # fails where the tensors do not belong together
+        return matrix
 
     @property
     def shape(self) -> tuple[int, int]:
