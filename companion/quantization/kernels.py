@@ -1,0 +1,137 @@
+"""The same products at speed: torch's own kernels for packed weights on a processor.
+
+    Int4Weights    4-bit codes and BF16 vectors: a quarter of BF16's bytes are read
+    Int8Weights    8-bit codes and BF16 vectors
+    Int8Products   8-bit codes and 8-bit vectors, one dynamic scale a call: integer arithmetic
+
+Each is made from a `QuantizedMatrix` and computes with the same codes. The first two round scales
+and vectors to BF16, the third rounds vectors to 7 or 8 bits; their tests say how far that goes.
+Where torch lacks a kernel, or the codes do not suit it, `kernel` returns the plain layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from companion.checks import require, require_known
+from companion.quantization.grids import Grid
+from companion.quantization.layers import QuantizedLinear, QuantizedMatrix
+
+GROUPS = (32, 64, 128, 256)  # of inputs, that the 4-bit kernel takes
+ROWS = 16  # it takes rows by so many
+
+
+class Int4Weights(nn.Module):
+    """`aten._weight_int4pack_mm_for_cpu`: scale x (code - 8) + zero, in groups of inputs."""
+
+    dtype = torch.bfloat16  # of vectors in and out
+
+    def __init__(self, matrix: QuantizedMatrix) -> None:
+        super().__init__()
+        scheme = _grid(matrix, bits=4)
+        outputs, self.group = matrix.shape[0], matrix.inputs // scheme.scale.shape[1]
+        shapes = f"{outputs} rows in groups of {self.group}"
+        fits = outputs % ROWS == 0 and self.group in GROUPS and len(scheme.scale) == outputs
+        require(fits, f"{shapes} do not suit the kernel: rows by {ROWS}, groups of {GROUPS}")
+        middle = scheme.numbers(torch.zeros_like(scheme.scale))  # what code 0 stands for
+        both = torch.cat([scheme.scale, middle], dim=-1).transpose(0, 1)  # (G, O, 2)
+        unsigned = matrix.unpacked().int() + 8
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale_and_zero", both.contiguous().to(self.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self.packed, self.group, self.scale_and_zero
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+class Int8Weights(nn.Module):
+    """`torch._weight_int8pack_mm`: one scale a row, codes around 0."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, matrix: QuantizedMatrix) -> None:
+        super().__init__()
+        scheme = _rows(matrix)
+        self.register_buffer("codes", matrix.unpacked())
+        self.register_buffer("scale", scheme.scale.flatten().to(self.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.codes, self.scale)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Int8Products(nn.Module):
+    """`quantized.linear_dynamic`: FP32 in and out, integers between, one range for the whole call.
+
+    Without VNNI instructions the kernel adds pairs of products in 16 bits, which overflow unless
+    the vectors keep to 7 bits.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, matrix: QuantizedMatrix) -> None:
+        super().__init__()
+        scale = _rows(matrix).scale.flatten().double()
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        with warnings.catch_warnings():  # torch means to remove such tensors; `available` looks
+            warnings.simplefilter("ignore", UserWarning)
+            weight = torch._make_per_channel_quantized_tensor(matrix.unpacked(), scale, zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(weight, None)
+        self.seven_bits = not torch.cpu.get_capabilities().get("avx512_vnni", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Show the packed codes among the tensors, so that their bytes are counted."""
+        weight, _ = torch.ops.quantized.linear_unpack(self.packed)
+        destination[f"{prefix}codes"] = weight.int_repr()
+        destination[f"{prefix}scale"] = weight.q_per_channel_scales().float()
+
+
+KERNELS = {kind.__name__: kind for kind in (Int4Weights, Int8Weights, Int8Products)}
+
+
+def _grid(matrix: QuantizedMatrix, bits: int) -> Grid:
+    good = matrix.kind is Grid and matrix.bits == bits and matrix.columns is None
+    require(good, f"the kernel needs {bits}-bit codes on a grid and no scaled columns")
+    return matrix.scheme
+
+
+def _rows(matrix: QuantizedMatrix) -> Grid:
+    scheme = _grid(matrix, bits=8)
+    plain = scheme.zero is None and scheme.offset is None and scheme.scale.shape[1] == 1
+    good = plain and len(scheme.scale) == matrix.shape[0]
+    require(good, 'the kernel needs a symmetric grid a row: group="row", mapping=symmetric')
+    return scheme
+
+
+@lru_cache
+def available(name: str) -> bool:
+    """Whether this torch computes with the kernel on this processor, found by trying it once."""
+    require_known("kernel", name, KERNELS)
+    bits = 4 if name == "Int4Weights" else 8
+    codes = torch.ones(32, 1, 32, dtype=torch.int8)
+    matrix = QuantizedMatrix(codes, Grid(bits, torch.ones(32, 1, 1)), 32)
+    try:
+        kernel = KERNELS[name](matrix)
+        return bool((kernel(torch.ones(1, 32, dtype=kernel.dtype)) == 32).all())
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+
+
+def kernel(linear: QuantizedLinear, name: str) -> nn.Module:
+    """The layer through a kernel by name, or the plain layer where torch has none for it here.
+
+    Raises ValueError for an unknown name, and for codes that the kernel cannot read.
+    """
+    require_known("kernel", name, KERNELS)
+    return KERNELS[name](linear.matrix) if available(name) else linear

@@ -1,0 +1,130 @@
+"""Kernels compute with the codes they are given, as far as their number formats reach."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from companion.memory import stored_bytes
+from companion.quantization import affine, kernels, minimum, symmetric
+from companion.quantization.activations import PerTensor
+from companion.quantization.kernels import KERNELS, Int4Weights, Int8Products, available, kernel
+from companion.quantization.layers import QuantizedLinear, QuantizedMatrix
+from companion.quantization.replacing import Coding, nearest
+
+CODINGS = {
+    "Int4Weights": [Coding(bits=4, group=g, mapping=m) for g in (32, 64) for m in (affine, minimum,
+                                                                                 symmetric)],
+    "Int8Weights": [Coding(bits=8, mapping=symmetric)],
+    "Int8Products": [Coding(bits=8, mapping=symmetric)],
+}  # fmt: skip
+CASES = [(name, coding) for name, codings in CODINGS.items() for coding in codings]
+
+
+def linear(coding, outputs=48, inputs=128):
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)) * 0.05
+    found = nearest("w", weight, coding)
+    return QuantizedLinear(QuantizedMatrix(found.codes, found.scheme, inputs))
+
+
+def vectors(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("name", "coding"), CASES)
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 5, 128)])
+def test_a_kernel_agrees_with_the_plain_layer(name, coding, shape):
+    if not available(name):
+        pytest.skip(f"torch has no {name} here")
+    plain, x = linear(coding), vectors(*shape)
+    fast = kernel(plain, name)
+    found, expected = fast(x.to(fast.dtype)), plain(x)
+    assert isinstance(fast, KERNELS[name]) and found.shape == expected.shape
+    assert found.dtype == fast.dtype
+    worst = {torch.bfloat16: 0.01, torch.float32: 0.03}[fast.dtype]  # 8 bits of fraction; 7 in all
+    assert (found.float() - expected).norm() < worst * expected.norm()
+
+
+def test_four_bits_with_scales_that_bf16_holds_leave_only_the_vectors_rounding():
+    """With BF16 vectors and scales, the plain layer differs by the rounding of its result alone."""
+    if not available("Int4Weights"):
+        pytest.skip("torch has no such kernel here")
+    plain = linear(Coding(bits=4, group=32, mapping=symmetric))
+    plain.matrix.scale.copy_(plain.matrix.scale.bfloat16())
+    x = vectors(4, 128).bfloat16()
+    apart = (kernel(plain, "Int4Weights")(x).float() - plain(x.float())).abs()
+    assert (apart <= 2**-8 * plain(x.float()).abs() + 1e-6).all()
+
+
+def test_integer_products_are_those_of_the_plain_integers():
+    if not available("Int8Products"):
+        pytest.skip("torch has no such kernel here")
+    plain, x = linear(Coding(bits=8, mapping=symmetric)), vectors(5, 128)
+    fast = kernel(plain, "Int8Products")
+    grid = PerTensor(7 if fast.seven_bits else 8)(x)
+    assert torch.allclose(fast(x), plain(grid.rounded(x)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("Int4Weights", 48 * 128 // 2 + 48 * 2 * 2 * 2),
+    ("Int8Weights", 48 * 128 + 48 * 2),
+    ("Int8Products", 48 * 128 + 48 * 4),
+])  # fmt: skip
+def test_bytes_are_counted_and_copies_work(name, expected):
+    if not available(name):
+        pytest.skip(f"torch has no {name} here")
+    group = 64 if name == "Int4Weights" else "row"
+    bits = 4 if name == "Int4Weights" else 8
+    fast = kernel(linear(Coding(bits=bits, group=group, mapping=symmetric)), name)
+    assert stored_bytes(nn.ModuleList([fast])) == expected
+    x = vectors(1, 128).to(fast.dtype)
+    assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+
+
+def test_without_a_kernel_the_plain_layer_stays(monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda name: False)
+    plain = linear(Coding(bits=8, mapping=symmetric))
+    assert kernel(plain, "Int8Weights") is plain
+
+
+def test_a_kernel_that_fails_is_not_available(monkeypatch):
+    class Broken(Int4Weights):
+        def forward(self, x):
+            raise RuntimeError("not compiled for this processor")
+
+    monkeypatch.setitem(KERNELS, "Int4Weights", Broken)
+    available.cache_clear()
+    try:
+        assert not available("Int4Weights")
+    finally:
+        available.cache_clear()
+
+
+@pytest.mark.parametrize(("name", "coding", "message"), [
+    ("Int4Weights", Coding(bits=8), "4-bit codes on a grid"),
+    ("Int4Weights", Coding(bits=4, group=16), "48 rows in groups of 16 do not suit"),
+    ("Int4Weights", Coding(bits=4, group="tensor"), "do not suit the kernel"),
+    ("Int8Weights", Coding(bits=8), "a symmetric grid a row"),
+    ("Int8Products", Coding(bits=8, group=32, mapping=symmetric), "a symmetric grid a row"),
+    ("Int8Products", Coding(bits="nf4", group=32), "8-bit codes on a grid"),
+])  # fmt: skip
+def test_codes_that_a_kernel_cannot_read_are_refused(name, coding, message):
+    with pytest.raises(ValueError, match=message):
+        KERNELS[name](linear(coding).matrix)
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(ValueError, match="kernel is 'Int5'; known are: Int4Weights"):
+        kernel(linear(Coding()), "Int5")
+
+
+def test_seven_bits_are_what_keeps_a_processor_without_vnni_from_overflowing():
+    """All weights and vectors at their largest: pairs of 8-bit products do not fit 16 bits."""
+    if not available("Int8Products"):
+        pytest.skip("torch has no such kernel here")
+    plain = linear(Coding(bits=8, mapping=symmetric))
+    plain.matrix.codes.fill_(127 + 128)  # unsigned in storage
+    fast = Int8Products(plain.matrix)
+    x = torch.ones(1, 128)
+    assert torch.allclose(fast(x), plain(x), rtol=1e-2)
