@@ -43,11 +43,25 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return (packed ^ 128).view(torch.int8)
     count, size = together(bits)
-    mask = 2**bits - 1
-    if size == 1:  # 2 and 4 bits: no code crosses from one byte into the next
-        parts = [(packed >> (bits * i) & mask).to(torch.int8) + lowest for i in range(count)]
-        return torch.stack(parts, -1).flatten(-2)
-    parts = packed.unflatten(-1, (-1, size)).long()
+    if size == 1:
+        return _spread(packed, bits, count).view(torch.int8) + lowest
+    parts = packed.unflatten(-1, (-1, size)).to(torch.int32 if size < 4 else torch.int64)
     word = sum(parts[..., i] << (8 * i) for i in range(size))
-    codes = torch.stack([word >> (bits * i) & mask for i in range(count)], -1).flatten(-2)
+    each = [word >> (bits * i) & (2**bits - 1) for i in range(count)]
+    codes = torch.stack(each, -1).flatten(-2)
     return (codes + lowest).to(torch.int8)
+
+
+def _spread(packed: Tensor, bits: int, count: int) -> Tensor:
+    """2 or 4 bits: every byte becomes an integer of `count` bytes, with one code in each.
+
+    The byte is laid over itself, shifted so that each code meets the bottom of a byte, and all else
+    is masked out: a few passes over short integers instead of one for each code.
+    """
+    wide = {2: torch.int16, 4: torch.int32}[count]
+    word = packed.to(wide)
+    laid = word
+    for i in range(1, count):
+        laid = laid | word << ((8 - bits) * i)
+    mask = sum((2**bits - 1) << (8 * i) for i in range(count))
+    return (laid & mask).view(torch.uint8)

@@ -1,0 +1,135 @@
+"""A model rewritten for decoding: fewer and larger steps, on kernels that read packed codes.
+
+A token of SmolLM2 passes 210 linear layers and, in the readable model, some forty calls into torch
+a block. Each call costs microseconds whatever it computes, so that small matrices wait for Python:
+
+    query, key and value are one matrix, gate and up another: 4 products a block instead of 7
+    queries and keys are turned together, by tables made once: 3 calls instead of 12
+    vectors stay in the kernels' number format, so nothing is cast on the way
+
+The result is used as the model it came from, and computes the same but for that number format.
+
+Axes: B batch, T positions, H query heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+
+from companion.checks import require
+from companion.model import Block, KeyValueCache, LanguageModel, attend
+from companion.quantization.kernels import available, kernel
+from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
+from companion.surgery import copied
+
+
+def joined(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """One layer whose outputs are those of several, one after another; their codes as they are.
+
+    Raises ValueError unless all are quantized in the same way and read vectors of the same width.
+    """
+    matrices = [linear.matrix for linear in linears]
+    first = matrices[0]
+    alike = {(m.kind, m.bits, m.inputs, m.scheme.scale.shape[1:], m.columns is None)
+             for m in matrices}  # fmt: skip
+    require(len(alike) == 1 and first.columns is None, "the layers are not quantized alike")
+    states = [m.state_dict() for m in matrices]
+    same = all(state.keys() == states[0].keys() for state in states)
+    rows = all(len(m.scheme.scale) == m.shape[0] for m in matrices)
+    require(same and rows, "layers are joined row by row; use a grid a row or group of inputs")
+    tensors = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    return QuantizedLinear(QuantizedMatrix.of(first.kind, first.bits, first.inputs, tensors))
+
+
+class FusedBlock(nn.Module):
+    """A `Block` of four products."""
+
+    def __init__(self, block: Block, name: str) -> None:
+        super().__init__()
+        attention, mlp = block.attention, block.mlp
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        parts = (attention.query, attention.key, attention.value)
+        self.query_key_value = kernel(joined(parts), name)
+        self.out = kernel(attention.out, name)
+        self.gate_up = kernel(joined((mlp.gate, mlp.up)), name)
+        self.down = kernel(mlp.down, name)
+        self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KeyValueCache | None
+    ) -> Tensor:
+        heads, turning = self.heads, self.heads + self.kv_heads
+        every = self.query_key_value(_normed(self.attention_norm, x))
+        every = every.unflatten(-1, (turning + self.kv_heads, -1)).transpose(1, 2)
+        turned, value = every[:, :turning], every[:, turning:]
+        half = turned.shape[-1] // 2
+        turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin)
+        query, key = turned[:, :heads], turned[:, heads:]
+        if cache is not None:
+            key, value = cache.extend(layer, key, value)
+        x = x + self.out(attend(query, key, value).transpose(1, 2).flatten(-2))
+        gate, up = self.gate_up(_normed(self.mlp_norm, x)).chunk(2, dim=-1)
+        return x + self.down(silu(gate) * up)
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.epsilon)
+
+
+class FusedModel(nn.Module):
+    """`model(tokens, cache) -> logits`, as `LanguageModel`, in the number format of its kernels."""
+
+    def __init__(self, model: LanguageModel, name: str, head: str) -> None:
+        super().__init__()
+        model = copied(model)
+        self.config = model.config
+        self.embedding, self.norm = model.embedding, model.norm
+        self.blocks = nn.ModuleList(FusedBlock(block, name) for block in model.blocks)
+        self.head = kernel(model.head, head)
+        self.dtype = getattr(self.blocks[0].down, "dtype", torch.float32)
+        for module in self.modules():
+            if hasattr(module, "epsilon"):  # the norms
+                module.to(self.dtype)
+        below = -model.sin[:, : model.sin.shape[1] // 2]  # the first half of a vector gets -sin
+        sin = torch.cat([below, model.sin[:, below.shape[1] :]], dim=1)
+        self.register_buffer("cos", model.cos.to(self.dtype), persistent=False)
+        self.register_buffer("sin", sin.to(self.dtype), persistent=False)
+
+    _check = LanguageModel._check
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits (B, T, vocab) for token ids (B, T), which continue what the cache holds.
+
+        Raises ValueError as `LanguageModel` does.
+        """
+        start = 0 if cache is None else cache.length
+        self._check(tokens, start)
+        stop = start + tokens.shape[1]
+        cos, sin = self.cos[start:stop], self.sin[start:stop]
+        x = self.embedding(tokens).to(self.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, layer, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        x = _normed(self.norm, x)
+        return self.head(x.to(getattr(self.head, "dtype", x.dtype)))
+
+
+def fused(model: LanguageModel, name: str, *, head: str = "Int8Weights") -> FusedModel:
+    """A quantized model rewritten for decoding, on the kernel named (see `kernels`).
+
+    Raises ValueError for a model that is not quantized, for codes that the kernel cannot read, and
+    where torch has no such kernel.
+    """
+    ends = isinstance(model.head, QuantizedLinear) and isinstance(
+        model.embedding, QuantizedEmbedding
+    )
+    inside = all(isinstance(block.mlp.down, QuantizedLinear) for block in model.blocks)
+    require(ends and inside, "the model is not quantized from embedding to head; quantize it first")
+    for one in (name, head):
+        require(available(one), f"torch has no kernel {one} on this processor; use the plain model")
+    return FusedModel(model, name, head)

@@ -1,0 +1,107 @@
+"""The fused model computes what the readable one does with the same codes."""
+
+import pytest
+import torch
+
+from companion.decoding import cache_for, generate
+from companion.quantization import minimum, quantize, symmetric
+from companion.quantization.fused import fused, joined
+from companion.quantization.kernels import available
+from companion.quantization.layers import QuantizedLinear
+from companion.tests.test_replacing import small, tokens
+
+WIDE = {"width": 64, "hidden": 96, "vocab": 64}  # what the four-bit kernel can take
+
+
+def quantized(bits=8, **options):
+    return quantize(small(**WIDE), bits, mapping=symmetric, **options)
+
+
+def plain_kernels(monkeypatch):
+    """Plain layers in place of kernels: what is left to differ is the rewriting itself."""
+    monkeypatch.setattr("companion.quantization.fused.kernel", lambda linear, name: linear)
+    monkeypatch.setattr("companion.quantization.fused.available", lambda name: True)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group": 32}, {"bits": 3, "group": 16}])
+def test_rewriting_changes_nothing(monkeypatch, options):
+    plain_kernels(monkeypatch)
+    model = quantized(**options)
+    new, text = fused(model, "Int8Weights"), tokens()
+    assert torch.allclose(new(text), model(text), rtol=1e-5, atol=1e-5)
+    cache, parts = cache_for(new, batch=2), []
+    for part in (text[:, :9], text[:, 9:10], text[:, 10:]):
+        parts.append(new(part, cache))
+    assert torch.allclose(torch.cat(parts, dim=1), model(text), rtol=1e-4, atol=1e-5)
+
+
+def test_rewriting_an_affine_or_untied_model_changes_nothing(monkeypatch):
+    plain_kernels(monkeypatch)
+    for mapping in (minimum, symmetric):
+        model = quantize(small(tied=False), 4, group=16, mapping=mapping)
+        assert torch.allclose(fused(model, "Int4Weights")(tokens()), model(tokens()), atol=1e-5)
+
+
+CASES = [("Int8Weights", {"bits": 8}), ("Int4Weights", {"bits": 4, "group": 32}),
+         ("Int8Products", {"bits": 8})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_kernels_stay_near(name, options):
+    if not available(name):
+        pytest.skip(f"torch has no {name} here")
+    model = quantized(**options)
+    new, text = fused(model, name), tokens()
+    expected = model(text)
+    cache = cache_for(new, batch=2)
+    assert cache.keys.dtype == new.dtype
+    steps = torch.cat([new(text[:, i : i + 1], cache) for i in range(20)], dim=1).float()
+    assert (steps - expected).norm() < 0.05 * expected.norm()
+    assert generate(new, text[:, :4], 5).shape == (2, 9)
+
+
+def test_the_model_given_survives():
+    model = quantized()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if available("Int8Weights"):
+        fused(model, "Int8Weights")
+    now = model.state_dict()
+    assert all(torch.equal(before[name], now[name]) and before[name].dtype == now[name].dtype
+               for name in before)  # fmt: skip
+
+
+def test_joined_layers_give_their_outputs_one_after_another():
+    mlp = quantized(bits=4, group=16).blocks[0].mlp
+    x = torch.randn(3, 64)
+    both = joined([mlp.gate, mlp.up])
+    assert isinstance(both, QuantizedLinear)
+    assert torch.allclose(both(x), torch.cat([mlp.gate(x), mlp.up(x)], dim=-1), atol=1e-6)
+
+
+def test_what_cannot_be_fused_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="not quantized from embedding to head"):
+        fused(small(), "Int8Weights")
+    with pytest.raises(ValueError, match="not quantized from embedding to head"):
+        fused(quantize(small(), head=None), "Int8Weights")
+    mixed = quantize(small(), {n: 8 if "up" in n else 4 for n in _layers()}, mapping=symmetric)
+    with pytest.raises(ValueError, match="not quantized alike"):
+        joined([mixed.blocks[0].mlp.gate, mixed.blocks[0].mlp.up])
+    with pytest.raises(ValueError, match="joined row by row"):
+        joined([quantized(group="tensor").blocks[0].mlp.gate] * 2)
+    monkeypatch.setattr("companion.quantization.fused.available", lambda name: False)
+    with pytest.raises(ValueError, match="no kernel Int8Weights on this processor"):
+        fused(quantized(), "Int8Weights")
+
+
+def _layers():
+    return [name for name, module in small().named_modules()
+            if isinstance(module, torch.nn.Linear) and name.startswith("blocks.")]  # fmt: skip
+
+
+def test_bad_tokens_are_refused(monkeypatch):
+    plain_kernels(monkeypatch)
+    model = fused(quantized(), "Int8Weights")
+    with pytest.raises(ValueError, match="33 positions exceed the context of 32"):
+        model(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="ids run from 64 to 64, not 0 to 63"):
+        model(torch.full((1, 3), 64))
