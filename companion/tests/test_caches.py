@@ -28,6 +28,76 @@ def test_what_comes_back_is_what_was_put_in_rounded(bits):
         assert torch.allclose(found, grid.rounded(whole), atol=1e-6)
 
 
+def channel_cache(bits=4, capacity=100):
+    return QuantizedCache(long().config, bits=bits, keys_by="channel", batch=2, capacity=capacity)
+
+
+def long():
+    return small(context=128)
+
+
+def test_keys_by_channel_are_rounded_group_by_group_and_the_latest_wait():
+    """However the positions arrive, whole groups of 32 are rounded and the rest is kept in full."""
+    whole = entries(75)
+    grid_of = [whole[:, :, i : i + 32].transpose(-1, -2) for i in (0, 32)]
+    expected = [fit(x, 4, mapping=affine).stored_as(torch.float16).rounded(x) for x in grid_of]
+    expected = torch.cat([x.transpose(-1, -2) for x in expected] + [whole[:, :, 64:]], dim=2)
+    for sizes in ((75,), (1,) * 75, (31, 1, 1, 42), (40, 35), (64, 11)):
+        cache, start = channel_cache(), 0
+        for size in sizes:
+            part = whole[:, :, start : start + size]
+            keys, _ = cache.extend(1, part, part)
+            cache.advance(size)
+            start += size
+        assert torch.allclose(keys, expected, atol=1e-6), sizes
+
+
+def test_a_large_channel_costs_keys_by_channel_nothing():
+    keys = entries(64)
+    keys[..., 3] += 40
+    errors = {}
+    for by in ("position", "channel"):
+        cache = QuantizedCache(long().config, bits=4, keys_by=by, batch=2)
+        found, _ = cache.extend(0, keys, keys)
+        errors[by] = (found - keys)[..., :3].abs().mean()
+    assert errors["channel"] < 0.2 * errors["position"]
+
+
+@pytest.mark.parametrize("length", [70, 64, 50, 33, 32, 31, 5, 0])
+def test_keys_by_channel_can_be_rewound(length):
+    """Reading on after a rewind sees the kept positions: as they are, or as they were rounded."""
+    cache, whole = channel_cache(), entries(75)
+    for layer in range(2):
+        before, _ = cache.extend(layer, whole, whole)
+    cache.advance(75)
+    cache.rewind(length)
+    new = entries(1, seed=9)
+    for layer in range(2):
+        after, _ = cache.extend(layer, new, new)
+        assert after.shape[2] == length + 1
+        first = (
+            length // 32 * 32 if (length + 1) % 32 == 0 else length
+        )  # a group got whole: rounded
+        assert torch.allclose(after[:, :, :first], before[:, :, :first], atol=1e-6)
+
+
+def test_a_model_reads_keys_by_channel():
+    model, text = long(), torch.randint(64, (2, 90), generator=torch.Generator().manual_seed(3))
+    cache, expected = channel_cache(bits=8), model(text)
+    with torch.no_grad():
+        parts = [model(part, cache) for part in text.split([50, 1, 1, 38], dim=1)]
+    assert (torch.cat(parts, dim=1) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_bytes_with_keys_by_channel():
+    config = long().config
+    vectors, width = config.layers * 2 * config.kv_heads, config.head_width
+    cache = channel_cache(bits=4, capacity=100)
+    values = vectors * 100 * (width // 2 + 3)
+    keys = vectors * 3 * width * (32 // 2 + 3) + vectors * 32 * width * 4  # three groups, and rest
+    assert cache.bytes == values + keys
+
+
 def test_bytes_are_those_of_codes_scales_and_zeros():
     config = small().config
     for bits in (8, 4, 2):
@@ -68,6 +138,7 @@ def test_rewinding_forgets():
     [
         ({"bits": 1}, "bits is 1"),
         ({"batch": 0}, "batch is 0"),
+        ({"keys_by": "head"}, "keys_by is 'head'; known are: position, channel"),
         ({"capacity": 33}, "capacity 33 exceeds the model's context of 32"),
     ],
 )
