@@ -61,8 +61,7 @@ def assembled(
 
     A tied head need not be named. Raises ValueError for names or shapes that do not fit.
     """
-    with torch.device("meta"), _NoInitialWeights():
-        model = LanguageModel(config)  # shapes alone
+    model = outline(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tied:
         del expected["head.weight"]
@@ -78,6 +77,12 @@ def assembled(
         model.head.weight = model.embedding.weight
     model.cos, model.sin = rotary_angles(config)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def outline(config: ModelConfig) -> LanguageModel:
+    """A model of shapes alone: its tensors are on the device "meta", which holds no numbers."""
+    with torch.device("meta"), _NoInitialWeights():
+        return LanguageModel(config)
 
 
 class _NoInitialWeights(TorchFunctionMode):

@@ -13,7 +13,9 @@ either. Jacob et al., arXiv:1712.05877; Dettmers et al., "LLM.int8()", arXiv:220
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +53,16 @@ class Static:
 
     def __init__(self, low: float, high: float, bits: int = 8) -> None:
         code_range(bits)
-        good = low <= 0 <= high and low < high
+        good = math.isfinite(high - low) and low <= 0 <= high and low < high
         require(good, f"the range is {low} to {high}; it must hold 0 and more")
         self.grid = affine(torch.tensor([[low]]), torch.tensor([[high]]), bits)
 
     def __call__(self, x: Tensor) -> Grid:
+        bad = int((~x.isfinite()).sum())
+        require(bad == 0, f"{bad} of {x.numel()} numbers are not finite; no grid can hold them")
+        if self.grid.scale.device != x.device:
+            scale, zero = self.grid.scale.to(x.device), self.grid.zero.to(x.device)
+            self.grid = replace(self.grid, scale=scale, zero=zero)
         return self.grid
 
 
@@ -68,6 +75,7 @@ class IntegerLinear(nn.Module):
 
     def __init__(self, linear: QuantizedLinear, range_of: Range) -> None:
         super().__init__()
+        require_rows(linear)
         self.matrix, self.range_of = linear.matrix, range_of
 
     @property
@@ -101,11 +109,14 @@ def integer(
     ranges = PerToken() if range_of is None else range_of
 
     def make(name: str, linear: nn.Module) -> nn.Module:
-        _require_rows(name, linear)
+        own = ranges
         if isinstance(ranges, Mapping):
             require(name in ranges, f"no range is given for {name}; calibrate on the same model")
-            return IntegerLinear(linear, ranges[name])
-        return IntegerLinear(linear, ranges)
+            own = ranges[name]
+        try:
+            return IntegerLinear(linear, own)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     return swapped(model, where or _inside, make)
 
@@ -126,10 +137,11 @@ def _inside(name: str, module: nn.Module) -> bool:
     return isinstance(module, QuantizedLinear) and name.startswith("blocks.")
 
 
-def _require_rows(name: str, linear: QuantizedLinear) -> None:
-    scheme = linear.matrix.scheme
-    rows = isinstance(scheme, Grid) and scheme.scale.shape[1] == 1
-    plain = rows and scheme.zero is None and scheme.offset is None
-    good = plain and linear.matrix.columns is None
+def require_rows(linear: nn.Module) -> None:
+    """Raise ValueError unless the layer's codes are on symmetric grids, one a row."""
+    require(isinstance(linear, QuantizedLinear), f"{type(linear).__name__} is no QuantizedLinear")
+    matrix, scheme = linear.matrix, linear.matrix.scheme
+    rows = isinstance(scheme, Grid) and scheme.scale.shape[:2] == (matrix.shape[0], 1)
+    good = rows and scheme.zero is None and scheme.offset is None and matrix.columns is None
     wanted = 'quantize(..., group="row", mapping=symmetric)'
-    require(good, f"{name} has no symmetric grid a row, which integer products need; use {wanted}")
+    require(good, f"it has no symmetric grid a row, which integer products need; use {wanted}")

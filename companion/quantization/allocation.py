@@ -7,9 +7,10 @@ is made first, until nothing more fits. The documents call it adaptive quantizat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from companion.checks import require, require_whole
@@ -34,19 +35,40 @@ def sensitivities(
     """Harm and bytes of each layer at each number of bits, all other layers left as they are.
 
     Harm is the mean KL divergence from the model's own predictions on `text`, nats a token.
-    `options` are those of `quantize`. One pass over the text for each layer and number of bits.
+    `options` are those of `quantize`. For each layer the text is read once at each number of bits,
+    and once by the plain model.
     """
     names = list(chosen(model, linears)) if layers is None else list(layers)
     harms: dict[str, dict[int, float]] = {name: {} for name in names}
     sizes: dict[str, dict[int, float]] = {name: {} for name in names}
     for name in tqdm(names, desc="layers", delay=3, leave=False):
-        tried = {str(b): quantize(model, {name: b}, head=None, **options) for b in bits}
+        layers_tried = {b: _quantized_layer(model, name, b, options) for b in bits}
+        tried = {str(b): _With(model, name, layer) for b, layer in layers_tried.items()}
         found = judge(text, {"plain": model, **tried})
-        for b in bits:
+        for b, layer in layers_tried.items():
             harms[name][b] = max(0.0, found[str(b)].divergence().estimate)
-            layer = tried[str(b)].get_submodule(name)
             sizes[name][b] = stored_bytes(nn.ModuleList([layer]))
     return harms, sizes
+
+
+def _quantized_layer(model: LanguageModel, name: str, bits: int, options: dict) -> nn.Module:
+    return quantize(model, {name: bits}, head=None, **options).get_submodule(name)
+
+
+class _With(nn.Module):
+    """A model that has another layer for the length of each call; nothing is copied."""
+
+    def __init__(self, model: nn.Module, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.model, self.name, self.layer = model, name, layer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        plain = self.model.get_submodule(self.name)
+        self.model.set_submodule(self.name, self.layer)
+        try:
+            return self.model(tokens)
+        finally:
+            self.model.set_submodule(self.name, plain)
 
 
 def allocate(harms: Costs, sizes: Costs, budget: int) -> dict[str, int]:
@@ -56,7 +78,11 @@ def allocate(harms: Costs, sizes: Costs, budget: int) -> dict[str, int]:
     ValueError if even the fewest bits do not fit.
     """
     require_whole("budget", budget)
-    require(harms.keys() == sizes.keys() and len(harms) > 0, "harms and sizes name other layers")
+    same = harms.keys() == sizes.keys() and len(harms) > 0
+    same = same and all(harms[name].keys() == sizes[name].keys() for name in harms)
+    require(same, "harms and sizes name other layers or other bits")
+    finite = all(math.isfinite(harm) for by_bits in harms.values() for harm in by_bits.values())
+    require(finite, "a harm is not finite; measure it again")
     chosen_bits = {name: min(sizes[name], key=sizes[name].__getitem__) for name in sizes}
     spent = sum(sizes[name][b] for name, b in chosen_bits.items())
     require(spent <= budget, f"the fewest bits take {spent:,} bytes, more than {budget:,}")

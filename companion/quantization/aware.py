@@ -26,8 +26,7 @@ def straight_through(weight: Tensor, coding: Coding) -> Tensor:
     """The weight (O, I) as `coding` rounds it; its gradient passes as if nothing had happened."""
     with torch.no_grad():
         rounded = nearest("", weight.float(), coding).numbers(weight.shape[1]).to(weight.dtype)
-        change = rounded - weight
-    return weight + change
+    return rounded + (weight - weight.detach())  # adds 0, and the gradient
 
 
 class Aware(nn.Module):

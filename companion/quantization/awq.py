@@ -37,7 +37,7 @@ def awq(inputs: Mapping[str, Inputs], *, powers: int = 10) -> Rounding:
 
 def scaled(weight: Tensor, coding: Coding, found: Inputs, power: float) -> Rounded:
     """The weight (O, I) rounded after its columns were multiplied by mean |x|^power, evened out."""
-    sizes = (found.sizes / found.positions).clamp(min=1e-8) ** power
+    sizes = (found.magnitudes / found.positions).clamp(min=1e-8) ** power
     sizes = sizes / (sizes.max() * sizes.min()).sqrt()
     columns = (1 / sizes).clamp(1e-4, 1e4).half().float()
     return replace(nearest("", weight / columns, coding), columns=columns)

@@ -1,4 +1,4 @@
-"""The key-value cache in eight or four bits: at long contexts it outweighs the model.
+"""The key-value cache in eight or four bits: with many long texts it outweighs the model.
 
 Values are rounded position by position, each on a grid of its own, as they come. Keys have a few
 channels that are large at every position and spoil such grids; they can be rounded channel by
@@ -143,6 +143,8 @@ class QuantizedCache:
         stop = self.length + key.shape[2]
         require(stop <= self.capacity, f"{stop} positions exceed the cache's {self.capacity}")
         given = tuple(key.shape[:2])
+        same = f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape"
+        require(key.shape == value.shape, same)
         require(
             given == self.room,
             f"keys for (batch, heads) {given} do not fit a cache for {self.room}",

@@ -22,7 +22,7 @@ class Inputs:
     def __init__(self, width: int, device: torch.device) -> None:
         self.positions = 0
         self.products = torch.zeros(width, width, device=device)  # X^T X
-        self.sizes = torch.zeros(width, device=device)  # sum of |x| by input
+        self.magnitudes = torch.zeros(width, device=device)  # sum of |x| by input
         self.largest = torch.zeros(width, device=device)  # largest |x| by input
         self.low, self.high = 0.0, 0.0  # of all inputs; 0 is always inside
 
@@ -33,7 +33,7 @@ class Inputs:
         require(bad == 0, f"{bad} of {x.numel()} calibration inputs are not finite")
         self.positions += len(x)
         self.products.addmm_(x.T, x)
-        self.sizes += x.abs().sum(0)
+        self.magnitudes += x.abs().sum(0)
         self.largest = torch.maximum(self.largest, x.abs().amax(0))
         self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
 
@@ -68,7 +68,7 @@ def observe(
 def seen(inputs: Mapping[str, Inputs], name: str, weight: Tensor) -> Inputs:
     """The inputs of one layer. ValueError if they were not observed, or are of another width."""
     require(name in inputs, f"no inputs of {name} were observed; calibrate on the same model")
-    found, wanted = len(inputs[name].sizes), weight.shape[1]
+    found, wanted = len(inputs[name].magnitudes), weight.shape[1]
     require(found == wanted, f"inputs of {found} numbers were observed for {name}, not of {wanted}")
     return inputs[name]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from companion.checks import require_known
+from companion.checks import require, require_known
 
 CASTS = {
     name: getattr(torch, name) for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -79,14 +79,18 @@ def nf4_levels() -> Tensor:
 def in_format(numbers: Tensor, name: str) -> Cast | Table:
     """How numbers (..., N) are stored in a named format; 8 and 4 bits get a scale for each group.
 
-    Raises ValueError for an unknown format.
+    Raises ValueError for an unknown format, and for numbers that are not finite or too large.
     """
     require_known("format", name, FORMATS)
+    bad = int((~numbers.isfinite()).sum())
+    require(bad == 0, f"{bad} of {numbers.numel()} numbers are not finite; no format can hold them")
     largest = numbers.abs().amax(-1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     if name == "nf4":
         return Table(4, largest, nf4_levels().to(numbers.device))
     dtype = CASTS[name]
     if dtype.itemsize == 2:
+        most, limit = largest.max().item(), torch.finfo(dtype).max
+        require(most <= limit, f"a number of size {most:,} exceeds the {limit:,} of {name}")
         return Cast(dtype)
     return Cast(dtype, largest / torch.finfo(dtype).max)

@@ -22,9 +22,10 @@ from torch.nn.functional import rms_norm, silu
 
 from companion.checks import require
 from companion.model import Block, KeyValueCache, LanguageModel, attend
+from companion.quantization.grids import Grid
 from companion.quantization.kernels import available, kernel
 from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
-from companion.surgery import copied
+from companion.surgery import chosen, copied
 
 
 def joined(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
@@ -34,13 +35,16 @@ def joined(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
     """
     matrices = [linear.matrix for linear in linears]
     first = matrices[0]
+    grids = all(matrix.kind is Grid for matrix in matrices)
+    require(grids, "only codes on a grid can be joined, not floating-point formats or tables")
     alike = {(m.kind, m.bits, m.inputs, m.scheme.scale.shape[1:], m.columns is None)
              for m in matrices}  # fmt: skip
     require(len(alike) == 1 and first.columns is None, "the layers are not quantized alike")
     states = [m.state_dict() for m in matrices]
     same = all(state.keys() == states[0].keys() for state in states)
+    require(same, "the layers are not quantized alike: their grids have other mappings")
     rows = all(len(m.scheme.scale) == m.shape[0] for m in matrices)
-    require(same and rows, "layers are joined row by row; use a grid a row or group of inputs")
+    require(rows, "layers are joined row by row; use a grid a row or group of inputs")
     tensors = {name: torch.cat([state[name] for state in states]) for name in states[0]}
     return QuantizedLinear(QuantizedMatrix.of(first.kind, first.bits, first.inputs, tensors))
 
@@ -122,13 +126,15 @@ class FusedModel(nn.Module):
 def fused(model: LanguageModel, name: str, *, head: str = "Int8Weights") -> FusedModel:
     """A quantized model rewritten for decoding, on the kernel named (see `kernels`).
 
-    Raises ValueError for a model that is not quantized, for codes that the kernel cannot read, and
+    The embedding keeps its own codes, so a tied head is stored twice. Raises ValueError for a model
+    that is not quantized, for codes that a kernel cannot read (the head's must suit one too), and
     where torch has no such kernel.
     """
     ends = isinstance(model.head, QuantizedLinear) and isinstance(
         model.embedding, QuantizedEmbedding
     )
-    inside = all(isinstance(block.mlp.down, QuantizedLinear) for block in model.blocks)
+    layers = chosen(model, lambda name, module: isinstance(module, (nn.Linear, QuantizedLinear)))
+    inside = all(isinstance(layer, QuantizedLinear) for layer in layers.values())
     require(ends and inside, "the model is not quantized from embedding to head; quantize it first")
     for one in (name, head):
         require(available(one), f"torch has no kernel {one} on this processor; use the plain model")

@@ -6,6 +6,8 @@ e, the best change of all later weights is known in closed form from the inverse
 
 Frantar et al., "GPTQ", arXiv:2210.17323, after Optimal Brain Surgeon (Hassibi and Stork, 1993).
 Grids are found beforehand from the weights as they were, so that inputs may be taken in any order.
+Unlike the paper, which lets every block read what the blocks before it, already quantized, write,
+all products come from the plain model.
 
 Axes: O outputs, I inputs.
 """
@@ -64,11 +66,16 @@ def factor(products: Tensor, damping: float) -> Tensor:
 
     Row i of U, divided by its diagonal, says how each later weight makes up for an error in i once
     the earlier ones are fixed. Computed in FP64: with few positions H is nearly singular.
+    Raises ValueError where damping does not help.
     """
     h = products.double()
     h = h + damping * h.diagonal().mean().clamp(min=1e-12) * torch.eye(len(h), device=h.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).to(products.dtype)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        return torch.linalg.cholesky(inverse, upper=True).to(products.dtype)
+    except torch.linalg.LinAlgError as error:
+        message = f"the inputs leave H singular at a damping of {damping}; give more of either"
+        raise ValueError(message) from error
 
 
 def compensated(weight: Tensor, scheme: Scheme, upper: Tensor, block: int = 128) -> Tensor:

@@ -1,12 +1,11 @@
 """From numbers to small integers and back: the numbers between two limits on an even grid.
 
-A *code* is a whole number of a few bits. It stands for `scale x (code - zero) + offset`. Rounding
-to the nearest point of the grid is wrong by at most half a scale; what lies beyond the limits is
-moved to the nearest end, and is wrong by more.
+A *code* is a whole number of a few bits. Rounding to the nearest point of the grid is wrong by at
+most half a scale; what lies beyond the limits is moved to the nearest end, and is wrong by more.
 
-    symmetric   scale alone; 0 is a point, and the grid reaches as far down as up
-    affine      scale and zero, itself a code: 0 is a point, and the limits may differ
-    minimum     scale and offset, the lowest number: every code is used, but 0 is hardly ever hit
+    symmetric   scale x code: 0 is a point, and the grid reaches as far down as up
+    affine      scale x (code - zero), zero itself a code: 0 is a point, and the limits may differ
+    minimum     scale x (code - lowest code) + offset, the lowest number: 0 is hardly ever a point
 
 Axes: a weight (O outputs, I inputs) is looked at as (O, G, N): G groups of N inputs, and each group
 has a grid of its own. One group a row is "per channel"; (1, 1, O x I) is "per tensor".
@@ -40,40 +39,51 @@ class Grid:
 
     bits: int
     scale: Tensor  # distance from one number to the next
-    zero: Tensor | None = None  # the code that stands for 0; None: code 0 does
-    offset: Tensor | None = None  # added to every number; None: nothing is
+    zero: Tensor | None = None  # the code that stands for 0, if the grid is affine
+    offset: Tensor | None = None  # the number of the lowest code, if the grid begins there
+
+    @property
+    def origin(self) -> Tensor | int:
+        """The code that stands for the offset, or for 0 where there is none."""
+        if self.offset is not None:
+            return code_range(self.bits)[0]
+        return 0 if self.zero is None else self.zero
 
     def codes(self, numbers: Tensor) -> Tensor:
-        """The nearest codes, int8, of numbers (..., N)."""
+        """The nearest codes, int8, of numbers (..., N). A symmetric grid leaves the lowest out."""
         steps = numbers if self.offset is None else numbers - self.offset
-        steps = (steps / self.scale).round()
-        steps = steps if self.zero is None else steps + self.zero
-        return steps.clamp(*code_range(self.bits)).to(torch.int8)
+        lowest, highest = code_range(self.bits)
+        lowest = -highest if self.zero is None and self.offset is None else lowest
+        return ((steps / self.scale).round() + self.origin).clamp(lowest, highest).to(torch.int8)
 
     def numbers(self, codes: Tensor) -> Tensor:
         """What codes (..., N) stand for, in the type of the scale."""
-        codes = codes.to(self.scale.dtype)
-        steps = codes if self.zero is None else codes - self.zero
-        return steps * self.scale if self.offset is None else steps * self.scale + self.offset
+        steps = (codes.to(self.scale.dtype) - self.origin) * self.scale
+        return steps if self.offset is None else steps + self.offset
 
     def rounded(self, numbers: Tensor) -> Tensor:
         """Each of the numbers (..., N) moved to the grid."""
         return self.numbers(self.codes(numbers))
 
     def stored_as(self, dtype: torch.dtype) -> Grid:
-        """The grid whose scale and offset survive being stored as `dtype`; its types unchanged."""
+        """The grid whose scale and offset survive being stored as `dtype`; its types unchanged.
 
-        def through(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(dtype).to(tensor.dtype)
-
-        scale = through(self.scale)
-        good = bool((scale > 0).all() and scale.isfinite().all())
-        require(good, f"a scale does not survive being stored as {dtype}; use a wider type")
-        return replace(self, scale=scale, offset=through(self.offset))
+        Raises ValueError where they are too large for it. A scale below its normal numbers is
+        rounded up, so that the grid still reaches the limits.
+        """
+        info = torch.finfo(dtype)
+        step = info.smallest_normal * info.eps  # between the numbers below the normal ones
+        up = (self.scale / step).ceil() * step
+        near = self.scale.to(dtype).to(self.scale.dtype)
+        scale = torch.where(self.scale < info.smallest_normal, up, near)
+        offset = None if self.offset is None else self.offset.to(dtype).to(self.offset.dtype)
+        good = scale.isfinite().all() and (offset is None or offset.isfinite().all())
+        require(bool(good), f"a scale or offset is larger than {dtype} can hold, {info.max:,}")
+        return replace(self, scale=scale, offset=offset)
 
 
 def symmetric(low: Tensor, high: Tensor, bits: int) -> Grid:
-    """The grid from -m to m around 0, m the larger limit; 2^bits - 1 of its codes are used."""
+    """The grid from -m to m around 0, m the larger limit: 2^bits - 1 points."""
     _, highest = code_range(bits)
     return Grid(bits, _positive(torch.maximum(low.abs(), high.abs()) / highest))
 
@@ -88,9 +98,8 @@ def affine(low: Tensor, high: Tensor, bits: int) -> Grid:
 
 def minimum(low: Tensor, high: Tensor, bits: int) -> Grid:
     """The grid whose lowest code stands for `low` and whose highest for `high`."""
-    lowest, _ = code_range(bits)
-    scale = _positive((high - low) / (2**bits - 1))
-    return Grid(bits, scale, zero=torch.full_like(scale, lowest), offset=low)
+    code_range(bits)
+    return Grid(bits, _positive((high - low) / (2**bits - 1)), offset=low)
 
 
 def _positive(scale: Tensor) -> Tensor:
@@ -98,7 +107,7 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-Mapping = Callable[[Tensor, Tensor, int], Grid]
+GridMapping = Callable[[Tensor, Tensor, int], Grid]
 Make = Callable[[Tensor, Tensor], Grid]
 Limits = Callable[[Tensor, Make], Grid]
 
@@ -109,7 +118,7 @@ def extremes(numbers: Tensor, make: Make) -> Grid:
 
 
 def percentile(share: float) -> Limits:
-    """Limits that cut off `share` of the numbers at either end, such as 0.001."""
+    """Limits that cut off `share` of the numbers at either end: 0.01 is two of a group of 200."""
     require_number("share", share, above=0)
     require(share < 0.5, f"share is {share}; it must be below 0.5, or nothing is left")
 
@@ -117,6 +126,7 @@ def percentile(share: float) -> Limits:
         ordered = numbers.sort(dim=-1).values
         last = numbers.shape[-1] - 1
         low, high = round(share * last), round((1 - share) * last)
+        require(low < high, f"share {share} leaves nothing of groups of {last + 1}")
         return make(ordered[..., low : low + 1], ordered[..., high : high + 1])
 
     return limits
@@ -126,7 +136,7 @@ SHRUNK = tuple(1 - step / 20 for step in range(15))  # 1, 0.95, ... 0.3 of the e
 
 
 def least_squares(numbers: Tensor, make: Make) -> Grid:
-    """Of 15 grids, each a little narrower, the one with the least squared error in each group."""
+    """Of 15 grids, with limits from 1 to 0.3 times the extremes, the one of least squared error."""
     low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
     best, kept = torch.full_like(low, torch.inf), torch.ones_like(low)
     for share in SHRUNK:
@@ -137,7 +147,7 @@ def least_squares(numbers: Tensor, make: Make) -> Grid:
 
 
 def fit(
-    numbers: Tensor, bits: int, *, mapping: Mapping = affine, limits: Limits = extremes
+    numbers: Tensor, bits: int, *, mapping: GridMapping = affine, limits: Limits = extremes
 ) -> Grid:
     """A grid of `bits` for each group of numbers (..., N).
 

@@ -8,7 +8,7 @@ must agree with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 
 import torch
@@ -95,6 +95,13 @@ class QuantizedMatrix(nn.Module):
         numbers = scheme.numbers(codes).view(-1, self.inputs)
         return numbers if self.columns is None else numbers * self.columns.float()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedMatrix:
+        """Follow the model to another device; codes and scales keep their types."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None:
+                self._buffers[name] = tensor.to(fn(tensor.new_empty(0)).device)
+        return self
+
     def extra_repr(self) -> str:
         stored = self.kind.__name__.lower() if self.bits is None else f"bits={self.bits}"
         return f"{self.shape[0]} x {self.shape[1]}, {stored}"
@@ -127,11 +134,11 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """Rows of a `QuantizedMatrix` by token id, in FP32."""
+    """Rows of a `QuantizedMatrix` by token id, in the type of the model's vectors."""
 
-    def __init__(self, matrix: QuantizedMatrix) -> None:
+    def __init__(self, matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.matrix = matrix
+        self.matrix, self.dtype = matrix, dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.matrix.rows(tokens)
+        return self.matrix.rows(tokens).to(self.dtype)

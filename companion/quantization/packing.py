@@ -43,6 +43,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return (packed ^ 128).view(torch.int8)
     count, size = together(bits)
+    held = packed.shape[-1]
+    require(held % size == 0, f"{held} bytes are no whole number of {bits}-bit codes")
     if size == 1:
         return _spread(packed, bits, count).view(torch.int8) + lowest
     parts = packed.unflatten(-1, (-1, size)).to(torch.int32 if size < 4 else torch.int64)

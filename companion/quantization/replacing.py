@@ -17,6 +17,7 @@ from companion.checks import require, require_known
 from companion.model import LanguageModel
 from companion.quantization.formats import FORMATS, in_format
 from companion.quantization.grids import (
+    GridMapping,
     Limits,
     affine,
     code_range,
@@ -24,7 +25,6 @@ from companion.quantization.grids import (
     fit,
     grouped,
 )
-from companion.quantization.grids import Mapping as GridMapping
 from companion.quantization.layers import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -32,8 +32,6 @@ from companion.quantization.layers import (
     Scheme,
 )
 from companion.surgery import chosen, copied, linears
-
-QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +94,8 @@ def quantize(
     """A new model whose weights are stored in `bits` (2 to 8), or in a format such as "nf4".
 
     `bits` may also say it layer by layer, by name: {"blocks.0.mlp.up": 4, ...}; layers left out
-    stay as they are. `head` is for embedding and head, a scale a row; None leaves them alone.
-    `rounding` chooses the codes (`nearest`, or an object that has seen calibration data).
+    stay as they are. `rounding` chooses the codes: `nearest`, or one that saw calibration data.
+    `head` is for embedding and head, rounded to nearest, a scale a row; None leaves them alone.
     Raises ValueError for bits, groups and formats that cannot be, weights that are not finite, and
     a model that is quantized already; the model given stays as it was.
     """
@@ -135,13 +133,15 @@ def codings(
     if head is not None:
         ends = replace(default, bits=head, group="row")
         found |= {"embedding": ends, "head": ends}
+    require(len(found) > 0, "no layer is named, and head is None: nothing would be quantized")
     return found
 
 
 def require_plain(model: nn.Module) -> None:
     """Raise ValueError unless the model's layers still hold plain floating-point weights."""
-    found = [name for name, module in model.named_modules() if isinstance(module, QUANTIZED)]
-    require(not found, f"{(found or [''])[0]} is quantized already; start from the original model")
+    found = [name for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)]
+    first = (found or [""])[0].removesuffix(".matrix")
+    require(not found, f"{first} is quantized already; start from the original model")
 
 
 @torch.no_grad()
@@ -159,4 +159,5 @@ def _replace_ends(model: LanguageModel, coding: Coding) -> None:
     tied = model.head.weight is model.embedding.weight
     matrix = _matrix("embedding", model.embedding.weight, coding, nearest)
     head = matrix if tied else _matrix("head", model.head.weight, coding, nearest)
-    model.embedding, model.head = QuantizedEmbedding(matrix), QuantizedLinear(head)
+    model.embedding = QuantizedEmbedding(matrix, model.embedding.weight.dtype)
+    model.head = QuantizedLinear(head)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from companion.checks import require
@@ -18,6 +17,7 @@ from companion.quantization.formats import Cast, Table
 from companion.quantization.grids import Grid
 from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
 from companion.storage import distinct_tensors, load_tensors, save_tensors
+from companion.surgery import outline
 
 VERSION = 1  # of what the header says about layers
 KINDS = {kind.__name__: kind for kind in (Grid, Cast, Table)}
@@ -26,6 +26,7 @@ LAYERS = {kind.__name__: kind for kind in (QuantizedLinear, QuantizedEmbedding)}
 
 def save_quantized(path: str | Path, model: LanguageModel) -> Path:
     """Write a model that `quantize` made. Raises ValueError for a model that is not quantized."""
+    require(isinstance(model, LanguageModel), f"a {type(model).__name__} is no LanguageModel")
     layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
         matrix = getattr(module, "matrix", None)
@@ -37,6 +38,7 @@ def save_quantized(path: str | Path, model: LanguageModel) -> Path:
                 "kind": matrix.kind.__name__,
                 "bits": matrix.bits,
                 "inputs": matrix.inputs,
+                "tensors": _described(matrix.state_dict()),
             }
     require(len(layers) > 0, "the model has no quantized layer; save what quantize() returned")
     about = {"quantized": VERSION, "config": asdict(model.config), "layers": layers}
@@ -59,8 +61,7 @@ def load_quantized(path: str | Path) -> LanguageModel:
 
 
 def _built(tensors: dict[str, Tensor], about: dict) -> LanguageModel:
-    with torch.device("meta"):
-        model = LanguageModel(ModelConfig(**about["config"]))
+    model = outline(ModelConfig(**about["config"]))
     for name, facts in about["layers"].items():
         matrix = _matrix(f"{name}.matrix.", facts, tensors)
         if matrix is None:  # the head shares the embedding's
@@ -68,8 +69,13 @@ def _built(tensors: dict[str, Tensor], about: dict) -> LanguageModel:
             matrix = model.embedding.matrix
         rows, inputs = model.get_submodule(name).weight.shape
         require(matrix.shape == (rows, inputs), f"{name} is {matrix.shape}, not {(rows, inputs)}")
-        model.set_submodule(name, LAYERS[facts["layer"]](matrix))
+        dtype = [tensors["norm.weight"].dtype] * (facts["layer"] == "QuantizedEmbedding")
+        model.set_submodule(name, LAYERS[facts["layer"]](matrix, *dtype))
     return _filled(model, tensors)
+
+
+def _described(tensors: dict[str, Tensor]) -> dict[str, list]:
+    return {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()}
 
 
 def _matrix(start: str, facts: dict, tensors: dict[str, Tensor]) -> QuantizedMatrix | None:
@@ -77,12 +83,15 @@ def _matrix(start: str, facts: dict, tensors: dict[str, Tensor]) -> QuantizedMat
     own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
     if not own:
         return None
+    differ = f"tensors of {start} are not those the header describes"
+    require(_described(own) == facts["tensors"], differ)
     return QuantizedMatrix.of(KINDS[facts["kind"]], facts["bits"], facts["inputs"], own)
 
 
 def _filled(model: LanguageModel, tensors: dict[str, Tensor]) -> LanguageModel:
     """The weights that were not quantized, put in place; nothing may be missing or left over."""
-    plain = {name: t for name, t in tensors.items() if ".matrix." not in name}
+    packed = {name for name in model.state_dict() if ".matrix." in name}
+    plain = {name: t for name, t in tensors.items() if name not in packed}
     expected = {name for name, _ in model.named_parameters()}  # a tied head is named once
     require(plain.keys() == expected, f"other weights than expected: {plain.keys() ^ expected}")
     tied = model.config.tied and "embedding.weight" in plain

@@ -35,10 +35,10 @@ def smooth(
 ) -> LanguageModel:
     """A new model that computes the same, with smaller outliers in what its layers read.
 
-    s = largest |x|^strength / largest |w|^(1 - strength), for each input: 0 leaves activations as
-    they are, 1 moves all their unevenness into the weights. As published, the norms before
-    attention and MLP are divided by s; `down` does the same for the down projections, by the rows
-    of `up`. Raises ValueError for a strength outside 0..1 and layers that were not observed.
+    s = largest |x|^strength / largest |w|^(1 - strength), for each input: 1 moves all unevenness of
+    the activations into the weights, 0 all of the weights' into the activations. As published, the
+    norms before attention and MLP are divided by s; `down` does the same for the down projections,
+    by the rows of `up`. Raises ValueError for a strength outside 0..1 and unobserved layers.
     """
     good = isinstance(strength, (int, float)) and 0 <= strength <= 1
     require(good, f"strength is {strength!r}; it must lie between 0 and 1")
@@ -62,5 +62,5 @@ def smooth(
 def _scale(found: Inputs, weights: list[Tensor], strength: float) -> Tensor:
     """s for each input, (I,); 1 where nothing was seen or all weights are 0."""
     of_weights = torch.stack([w.abs().amax(0) for w in weights]).amax(0).float()
-    s = found.largest**strength / of_weights ** (1 - strength)
-    return torch.where(s.isfinite() & (s > 0), s, 1.0).to(weights[0].dtype)
+    s = (found.largest**strength / of_weights ** (1 - strength)).to(weights[0].dtype)
+    return torch.where(s.isfinite() & (s > 0) & (found.largest > 0), s, 1.0)

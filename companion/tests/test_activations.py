@@ -40,7 +40,8 @@ def test_how_many_grids_each_range_has():
     assert PerToken()(x).scale.shape == (5, 1) and PerTensor()(x).scale.shape == (1, 1)
     token, tensor = ((r(x).rounded(x) - x)[:3].abs().max() for r in (PerToken(), PerTensor()))
     assert tensor > 20 * token  # one large vector spoils the grid of all others
-    assert Static(-1, 1)(x) is not PerTensor()(x)
+    fixed = Static(-1, 1)
+    assert torch.equal(fixed(x).scale, fixed(9 * x).scale)
     assert Static(-1, 1)(x).rounded(x).abs().max() < 1.01  # what calibration did not see is cut
 
 
@@ -88,7 +89,14 @@ def test_static_ranges_hold_what_calibration_saw():
         (lambda: integer(eight_bits(), {}), "no range is given for blocks.0.attention.query"),
         (lambda: static_ranges(eight_bits(), {}), "no inputs of blocks.0.attention.query"),
         (lambda: Static(1.0, 2.0), r"the range is 1\.0 to 2\.0; it must hold 0"),
+        (lambda: Static(-float("inf"), 1.0), "the range is -inf to 1"),
         (lambda: PerToken(9), "bits is 9"),
+        (lambda: IntegerLinear(quantize(small()).head, PerToken()), "no symmetric grid a row"),
+        (lambda: IntegerLinear(torch.nn.Linear(2, 2), PerToken()), "Linear is no QuantizedLinear"),
+        (
+            lambda: integer(quantize(small(), mapping=symmetric, group="tensor")),
+            "no symmetric grid",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, message):
@@ -98,5 +106,6 @@ def test_bad_input_is_refused(call, message):
 
 def test_activations_that_are_not_finite_are_refused():
     x = torch.full((1, 2, 32), torch.nan)
-    with pytest.raises(ValueError, match="64 of 64 numbers are not finite"):
-        IntegerLinear(eight_bits().blocks[0].mlp.up, PerToken())(x)
+    for range_of in RANGES.values():
+        with pytest.raises(ValueError, match="64 of 64 numbers are not finite"):
+            IntegerLinear(eight_bits().blocks[0].mlp.up, range_of)(x)

@@ -118,7 +118,13 @@ def test_a_model_reads_from_it_and_eight_bits_change_little():
             parts = [model(part, cache) for part in (text[:, :9], text[:, 9:10], text[:, 10:])]
         assert cache.length == 20
         far.append((torch.cat(parts, dim=1) - expected).norm() / expected.norm())
-    assert far[0] < 0.01 and far == sorted(far)
+    assert far[0] < 0.01 and far == sorted(far) and far[1] > 2 * far[0]
+
+
+def test_vectors_next_to_nothing_are_held_too():
+    cache = QuantizedCache(small().config, batch=2)
+    keys, _ = cache.extend(0, entries(3) * 1e-8, entries(3))
+    assert keys.isfinite().all() and keys.abs().max() < 1e-6
 
 
 def test_rewinding_forgets():
@@ -153,3 +159,5 @@ def test_too_many_positions_and_other_shapes_are_refused():
         cache.extend(0, entries(5), entries(5))
     with pytest.raises(ValueError, match=r"keys for \(batch, heads\) \(1, 2\) do not fit"):
         cache.extend(0, entries(2)[:1], entries(2)[:1])
+    with pytest.raises(ValueError, match="differ in shape"):
+        cache.extend(0, entries(2), entries(3))

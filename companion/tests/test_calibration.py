@@ -26,7 +26,7 @@ def test_sums_and_extremes_are_those_of_the_inputs(layer):
     x, found = read_by(model, name, batches), observe(model, batches)[name]
     assert found.positions == len(x) == 54
     assert torch.allclose(found.products, x.T @ x, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(found.sizes, x.abs().sum(0), rtol=1e-5)
+    assert torch.allclose(found.magnitudes, x.abs().sum(0), rtol=1e-5)
     assert torch.equal(found.largest, x.abs().amax(0))
     assert (found.low, found.high) == (x.min().item(), x.max().item())
 

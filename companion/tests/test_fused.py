@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from companion.decoding import cache_for, generate
-from companion.quantization import minimum, quantize, symmetric
+from companion.quantization import affine, minimum, quantize, symmetric
 from companion.quantization.fused import fused, joined
 from companion.quantization.kernels import available
 from companion.quantization.layers import QuantizedLinear
@@ -37,7 +37,7 @@ def test_rewriting_changes_nothing(monkeypatch, options):
 
 def test_rewriting_an_affine_or_untied_model_changes_nothing(monkeypatch):
     plain_kernels(monkeypatch)
-    for mapping in (minimum, symmetric):
+    for mapping in (minimum, affine, symmetric):
         model = quantize(small(tied=False), 4, group=16, mapping=mapping)
         assert torch.allclose(fused(model, "Int4Weights")(tokens()), model(tokens()), atol=1e-5)
 
@@ -84,6 +84,14 @@ def test_what_cannot_be_fused_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="not quantized from embedding to head"):
         fused(quantize(small(), head=None), "Int8Weights")
     mixed = quantize(small(), {n: 8 if "up" in n else 4 for n in _layers()}, mapping=symmetric)
+    some = quantize(small(), {n: 8 for n in _layers() if "down" in n}, mapping=symmetric)
+    with pytest.raises(ValueError, match="not quantized from embedding to head"):
+        fused(some, "Int8Weights")
+    with pytest.raises(ValueError, match="only codes on a grid"):
+        fused(quantize(small(), "nf4", group=16), "Int4Weights")
+    if available("Int8Weights"):
+        with pytest.raises(ValueError, match="a symmetric grid a row"):
+            fused(quantize(small(**WIDE), 4, group=32), "Int4Weights")  # the head is affine too
     with pytest.raises(ValueError, match="not quantized alike"):
         joined([mixed.blocks[0].mlp.gate, mixed.blocks[0].mlp.up])
     with pytest.raises(ValueError, match="joined row by row"):

@@ -31,9 +31,7 @@ def some_weight(outputs=8, width=16, seed=1):
 
 def column_grids(weight, bits=3):
     grid = fit(weight.unsqueeze(1), bits, mapping=minimum)
-    fields = {
-        n: getattr(grid, n).view(-1, 1).expand_as(weight) for n in ("scale", "zero", "offset")
-    }
+    fields = {n: getattr(grid, n).view(-1, 1).expand_as(weight) for n in ("scale", "offset")}
     return replace(grid, **fields)
 
 
@@ -43,7 +41,7 @@ def slow(weight, grid, products):
     for i in range(weight.shape[1]):
         inverse = torch.linalg.inv(products[i:, i:])
         one = replace(grid, **{n: getattr(grid, n)[:, i : i + 1].double()
-                               for n in ("scale", "zero", "offset")})  # fmt: skip
+                               for n in ("scale", "offset")})  # fmt: skip
         codes.append(one.codes(weight[:, i : i + 1]))
         error = weight[:, i : i + 1] - one.numbers(codes[-1])
         weight[:, i:] -= error * inverse[0] / inverse[0, 0]
@@ -95,8 +93,15 @@ def test_gptq_lies_between_nearest_and_the_best_of_all_codes():
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("options", [{"bits": 3, "group": 8}, {"bits": "nf4", "group": 16},
-                                     {"bits": 4, "group": "tensor"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3, "group": 8},
+        {"bits": "nf4", "group": 16},
+        {"bits": 4, "group": "tensor"},
+        {"bits": "float8_e5m2"},
+    ],
+)
 def test_outputs_are_nearer_than_with_nearest(ordered, options):
     coding, found, weight = Coding(**options), seen_inputs(), some_weight()
     ours = gptq({"w": found}, ordered=ordered)("w", weight, coding)
@@ -104,6 +109,27 @@ def test_outputs_are_nearer_than_with_nearest(ordered, options):
     assert torch.equal(ours.scheme.scale, plain.scheme.scale)
     errors = [output_error(weight - r.numbers(16), found) for r in (ours, plain)]
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_ordered_is_the_slow_form_on_inputs_put_in_order():
+    found, weight, coding = seen_inputs(), some_weight(), Coding(bits=3, mapping=minimum)
+    found.products *= torch.linspace(0.5, 2, 16).outer(torch.linspace(0.5, 2, 16))
+    order = found.products.diagonal().argsort(descending=True)
+    assert not torch.equal(order, torch.arange(16))
+    ours = gptq({"w": found})("w", weight, coding)
+    damped = found.products[order][:, order].double()
+    damped = damped + 0.01 * damped.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    grid = replace(ours.scheme, **{n: getattr(ours.scheme, n).view(-1, 1).expand_as(weight)
+                                   for n in ("scale", "offset")})  # fmt: skip
+    assert torch.equal(ours.codes.view(8, 16)[:, order], slow(weight[:, order], grid, damped))
+
+
+def test_inputs_that_leave_h_singular_are_refused():
+    found = Inputs(16, torch.device("cpu"))
+    found.add(torch.ones(3, 16) * 1e3)
+    found.products[0, 0] *= 0.5  # no sum of squares: rounding errors can do that too
+    with pytest.raises(ValueError, match=r"singular at a damping of 1e-10; give more"):
+        gptq({"w": found}, damping=1e-10)("w", some_weight(), Coding())
 
 
 def test_order_changes_nothing_but_the_order():

@@ -122,8 +122,31 @@ def test_a_grid_stored_in_sixteen_bits_is_the_one_that_rounds():
     x = numbers()
     grid = fit(x, 4).stored_as(torch.float16)
     assert torch.equal(grid.scale, grid.scale.half().float())
-    with pytest.raises(ValueError, match=r"does not survive being stored as torch\.float16"):
-        Grid(4, torch.tensor([1e-9])).stored_as(torch.float16)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-7, 3e-6, 1e-3])
+def test_a_small_scale_is_stored_so_that_the_limits_stay_inside(size):
+    x = numbers() * size
+    for mapping in MAPPINGS:
+        grid = fit(x, 8, mapping=mapping).stored_as(torch.float16)
+        assert torch.equal(grid.scale, grid.scale.half().float()) and (grid.scale > 0).all()
+        slack = 1e-3 * x.abs().max() + 2**-25  # digits of FP16; half a step of its smallest numbers
+        assert ((grid.rounded(x) - x).abs() <= 1.001 * grid.scale + slack).all()
+
+
+def test_what_sixteen_bits_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match=r"larger than torch\.float16 can hold, 65,504"):
+        Grid(4, torch.tensor([1e6])).stored_as(torch.float16)
+    far = torch.tensor([[70_000.0, 70_010.0]])
+    with pytest.raises(ValueError, match="scale or offset is larger"):
+        fit(far, 4, mapping=minimum).stored_as(torch.float16)
+
+
+def test_a_symmetric_grid_stays_symmetric_where_limits_cut():
+    x = torch.tensor([[-9.0, -1.0, 0.1, 1.0]])
+    for bits in (2, 4, 8):
+        grid = fit(x, bits, mapping=symmetric, limits=lambda n, make: make(-n[..., 3:], n[..., 3:]))
+        assert grid.rounded(x)[0, 0].item() == pytest.approx(-1.0)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +162,10 @@ def test_a_grid_stored_in_sixteen_bits_is_the_one_that_rounds():
         (lambda: grouped(torch.ones(2, 10), 0), "group is 0"),
         (lambda: percentile(0.5), r"share is 0\.5; it must be below 0\.5"),
         (lambda: percentile(0), "share is 0; it must be a finite number above 0"),
+        (
+            lambda: fit(torch.tensor([[1.0, 2.0, 3.0]]), 4, limits=percentile(0.4)),
+            "leaves nothing of groups of 3",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, message):

@@ -82,6 +82,13 @@ def test_bytes_are_counted_and_copies_work(name, expected):
     assert torch.equal(copy.deepcopy(fast)(x), fast(x))
 
 
+def test_an_x86_processor_with_avx2_has_all_kernels():
+    """So that the tests above cannot all be skipped where most readers are."""
+    if not torch.cpu.get_capabilities().get("avx2", False):
+        pytest.skip("another processor")
+    assert all(available(name) for name in KERNELS)
+
+
 def test_without_a_kernel_the_plain_layer_stays(monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda name: False)
     plain = linear(Coding(bits=8, mapping=symmetric))

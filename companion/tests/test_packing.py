@@ -33,6 +33,11 @@ def test_the_layout_is_lowest_first():
     assert pack(torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8), 2).tolist() == [[0b11100100]]
 
 
+def test_bytes_that_are_no_codes_are_refused():
+    with pytest.raises(ValueError, match="4 bytes are no whole number of 3-bit codes"):
+        unpack(torch.zeros(2, 4, dtype=torch.uint8), 3)
+
+
 def test_bad_codes_are_refused():
     with pytest.raises(ValueError, match="5 codes of 4 bits do not fill whole bytes"):
         pack(torch.zeros(2, 5, dtype=torch.int8), 4)

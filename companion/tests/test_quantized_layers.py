@@ -76,7 +76,7 @@ def _coding_of(expected):
         ("row", 12 * 16 + 12 * (2 + 1)),  # codes; scale in FP16, zero in INT8
         ("tensor", 12 * 16 * 6 // 8 + 2),
         ("group", 12 * 16 // 2 + 24 * 3),
-        ("minimum", 12 * 16 * 3 // 8 + 12 * (2 + 1 + 2)),
+        ("minimum", 12 * 16 * 3 // 8 + 12 * (2 + 2)),
         ("nf4", 12 * 16 // 2 + 24 * 4 + 16 * 4),
         ("fp8", 12 * 16 + 12 * 4),
         ("bf16", 12 * 16 * 2),
@@ -95,3 +95,10 @@ def test_columns_multiply_the_expanded_weight():
     assert torch.equal(matrix.expand(), found.numbers(16) * columns)
     assert torch.equal(matrix.rows(torch.tensor([4])), matrix.expand()[4:5])
     assert "columns" in matrix.state_dict()
+
+
+def test_another_type_for_the_model_leaves_codes_and_scales_alone(case):
+    matrix, expected = case
+    model = nn.Sequential(QuantizedLinear(matrix), nn.Linear(12, 2)).to(torch.bfloat16)
+    assert model[1].weight.dtype == torch.bfloat16
+    assert torch.equal(model[0].matrix.expand(), expected)

@@ -10,7 +10,8 @@ from companion.memory import stored_bytes
 from companion.model import LanguageModel, ModelConfig
 from companion.pretrained import smollm2, tiny, tiny_tokenizer
 from companion.quality import judge
-from companion.quantization import minimum, quantize
+from companion.quantization import minimum, quantize, symmetric
+from companion.quantization.activations import integer
 from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
 SMALL = {"vocab": 64, "context": 32, "layers": 2, "heads": 4, "kv_heads": 2, "width": 32,
@@ -109,6 +110,7 @@ def test_the_files_own_blocks_come_back_exactly():
         ({"bits": 4, "group": 5}, r"blocks\.0\.attention\.query: group 5 does not divide the 32"),
         ({"bits": {"blocks.9.mlp.up": 4}}, "'blocks.9.mlp.up' is no linear layer of a block"),
         ({"head": 9}, "bits is 9"),
+        ({"bits": {}, "head": None}, "nothing would be quantized"),
     ],
 )
 def test_bad_options_are_refused_and_the_model_stays(options, message):
@@ -122,8 +124,19 @@ def test_bad_options_are_refused_and_the_model_stays(options, message):
 def test_bad_models_are_refused():
     with pytest.raises(ValueError, match=r"embedding is quantized already; start from the orig"):
         quantize(quantize(small()))
+    integers = integer(quantize(small(), mapping=symmetric, head=None))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attention\.query is quantized already"):
+        quantize(integers)
     broken = small()
     with torch.no_grad():
         broken.blocks[1].mlp.up.weight[0, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up: 1 of 1536 numbers are not finite"):
-        quantize(broken, 4)
+    for bits in (4, "nf4", "float8_e4m3fn", "float16"):
+        with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up: 1 of 1536 numbers are not fin"):
+            quantize(broken, bits)
+
+
+def test_a_model_of_sixteen_bits_is_quantized_and_writes():
+    model = small().bfloat16()
+    new = quantize(model)
+    assert new.embedding(tokens()).dtype == torch.bfloat16
+    assert generate(new, tokens()[:1, :3], 4).shape == (1, 7)

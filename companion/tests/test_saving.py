@@ -10,6 +10,8 @@ from companion.quantization import minimum, quantize, symmetric
 from companion.quantization.activations import integer
 from companion.quantization.awq import awq
 from companion.quantization.calibration import observe
+from companion.quantization.fused import fused
+from companion.quantization.kernels import available
 from companion.quantization.saving import load_quantized, save_quantized
 from companion.storage import load_tensors, save_tensors
 from companion.tests.test_replacing import small, tokens
@@ -37,7 +39,8 @@ def test_a_model_comes_back_bit_by_bit(options, tied, tmp_path):
 def test_the_file_is_as_small_as_the_model(tmp_path):
     model = quantize(small(), 4, group=16)
     path = save_quantized(tmp_path / "m.safetensors", model)
-    assert path.stat().st_size < stored_bytes(model) + 20_000  # names and the header
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size == 8 + header + stored_bytes(model)
 
 
 def test_scaled_columns_come_back_too(tmp_path):
@@ -64,6 +67,10 @@ def without(tensors, name):
         lambda t, a: (without(t, "blocks.0.mlp.up.matrix.codes"), a),
         lambda t, a: (without(t, "blocks.0.mlp.up.matrix.scale"), a),
         lambda t, a: (t | {"more": torch.ones(1)}, a),
+        lambda t, a: (t | {"blocks.0.mlp.up.matrix.more": torch.ones(1)}, a),
+        lambda t, a: (t | {"blocks.9.mlp.up.matrix.codes": torch.ones(1)}, a),
+        lambda t, a: (without(t, "blocks.0.mlp.up.matrix.zero"), a),
+        lambda t, a: (t | {"blocks.0.mlp.up.matrix.scale": torch.ones(48, 2, 1)}, a),
         lambda t, a: (t, a | {"config": asdict(small(width=64).config)}),
         lambda t, a: (t, a | {"layers": {"blocks.7.mlp.up": a["layers"]["head"]}}),
         lambda t, a: (t, a | {"layers": a["layers"] | {"head": {"layer": "Other"}}}),
@@ -89,6 +96,15 @@ def test_what_is_not_quantized_is_not_saved(tmp_path):
         save_quantized(tmp_path / "m.safetensors", small())
     with pytest.raises(FileNotFoundError):
         load_quantized(tmp_path / "m.safetensors")
+
+
+def test_a_fused_model_is_not_saved(tmp_path):
+    if available("Int8Weights"):
+        with pytest.raises(ValueError, match="a FusedModel is no LanguageModel"):
+            save_quantized(
+                tmp_path / "m", fused(quantize(small(), mapping=symmetric), "Int8Weights")
+            )
+    assert not list(tmp_path.iterdir())
 
 
 def test_integer_layers_are_refused_with_a_reason(tmp_path):

@@ -30,6 +30,16 @@ def test_smoothing_changes_no_output(strength, down):
     assert not torch.equal(new.blocks[0].mlp.up.weight, model.blocks[0].mlp.up.weight)
 
 
+def test_no_strength_makes_the_weights_even():
+    model = spiky()
+    new = smooth(model, observe(model, [tokens()]), strength=0, down=True)
+    for name in ("blocks.1.mlp.down", "blocks.0.attention.query"):
+        names = [name] if "down" in name else [name, name.replace("query", "key"),
+                                               name.replace("query", "value")]  # fmt: skip
+        largest = torch.stack([new.get_submodule(n).weight.abs().amax(0) for n in names]).amax(0)
+        assert torch.allclose(largest, torch.ones_like(largest), rtol=1e-5)
+
+
 def test_full_strength_makes_inputs_even():
     model = spiky()
     inputs = observe(model, [tokens()])
@@ -55,9 +65,19 @@ def test_a_column_nothing_reaches_stays_as_it_is():
     model = small()
     with torch.no_grad():
         model.blocks[0].mlp_norm.weight[3] = 0
-    new = smooth(model, observe(model, [tokens()]))
-    assert torch.equal(new.blocks[0].mlp.up.weight[:, 3], model.blocks[0].mlp.up.weight[:, 3])
-    assert torch.allclose(new(tokens()), model(tokens()), atol=1e-5)
+    for strength in (0, 0.5):
+        new = smooth(model, observe(model, [tokens()]), strength=strength)
+        assert torch.equal(new.blocks[0].mlp.up.weight[:, 3], model.blocks[0].mlp.up.weight[:, 3])
+        assert torch.allclose(new(tokens()), model(tokens()), atol=1e-5)
+
+
+def test_a_half_precision_model_stays_finite():
+    model = small().half()
+    with torch.no_grad():
+        model.blocks[0].mlp.down.weight[:, 2] = 1e-5
+    inputs = observe(small(), [tokens()])
+    new = smooth(model, inputs, strength=0, down=True)
+    assert all(p.isfinite().all() for p in new.parameters())
 
 
 def test_bad_input_is_refused():
