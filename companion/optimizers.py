@@ -29,7 +29,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     a, b, c = QUINTIC
     for _ in range(STEPS):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        quartic = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.addmm(x, quartic, x, beta=a)
     return x.T if tall else x
 
 

@@ -2,7 +2,8 @@
 
 `python -m companion.pretraining` reads the texts of this Python, learns a tokenizer, trains, rounds
 to BF16, judges and samples the rounded model, and only then replaces the shipped files. Started
-again after an interruption, it goes on from its last checkpoint.
+again after an interruption, it goes on from its last checkpoint; given one more cycle than before,
+it goes on from where the earlier cycles ended.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from companion.quality import judge
 from companion.storage import distinct_tensors, save_json, save_tensors
 from companion.surgery import copied
 from companion.tokenization import Tokenizer, train_tokenizer
-from companion.training import cosine, load_checkpoint, save_checkpoint, train
+from companion.training import load_checkpoint, restarts, save_checkpoint, train
 
 SAVE_EVERY = 25  # steps; about a minute at one thread
 
@@ -45,17 +46,31 @@ class Recipe:
     width: int = 256
     hidden: int = 704
     seed: int = 0
-    steps: int = 1600
+    cycles: tuple[int, ...] = (1600, 3600)  # steps from one restart of the schedule to the next
     batch: int = 6  # windows of `context` tokens a step
     rate: float = 1e-2  # of Muon
-    warmup: int = 60
-    floor: float = 0.03  # the last learning rate, as a share of `rate`
+    warmup: int = 60  # steps, at the start of each cycle
+    floor: float = 0.03  # the last learning rate of a cycle, as a share of `rate`
     prose: int = 3  # how often the prose, twenty times shorter, stands beside the source
 
     @property
     def config(self) -> ModelConfig:
         names = ("vocab", "context", "layers", "heads", "kv_heads", "width", "hidden")
         return ModelConfig(**{name: getattr(self, name) for name in names})
+
+    @property
+    def steps(self) -> int:
+        return sum(self.cycles)
+
+    def as_dict(self) -> dict:
+        """The recipe as JSON can hold it."""
+        return asdict(self) | {"cycles": list(self.cycles)}
+
+    def continues(self, found: dict) -> bool:
+        """Whether a checkpoint's recipe is this one, perhaps with fewer cycles."""
+        done = found.get("cycles", [])
+        ours = self.as_dict() | {"cycles": list(self.cycles[: len(done)])}
+        return found == ours
 
 
 def training_texts(recipe: Recipe) -> list[str]:
@@ -79,13 +94,13 @@ def pretrain(recipe: Recipe, tokens: Tensor, checkpoint: Path) -> tuple[Language
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.config)
     optimizer = Muon(model, recipe.rate)
-    kept = {"recipe": asdict(recipe), "losses": [], "seconds": 0.0}
+    kept = {"recipe": recipe.as_dict(), "losses": [], "seconds": 0.0}
     start = 0
     if checkpoint.is_file():
         found = load_checkpoint(checkpoint, model, optimizer)
-        if found.about["recipe"] != kept["recipe"]:
+        if not recipe.continues(found.about["recipe"]):
             raise ValueError(f"{checkpoint} belongs to another recipe; move it away to start anew")
-        start, kept = found.step, found.about
+        start, kept = found.step, found.about | {"recipe": recipe.as_dict()}
     batches = Batches(tokens, batch=recipe.batch, context=recipe.context, seed=recipe.seed)
     clock = time.monotonic()
 
@@ -98,7 +113,7 @@ def pretrain(recipe: Recipe, tokens: Tensor, checkpoint: Path) -> tuple[Language
             save_checkpoint(checkpoint, model, optimizer, step=step + 1, about=kept)
 
     if start < recipe.steps:
-        schedule = cosine(recipe.steps, warmup=recipe.warmup, floor=recipe.floor)
+        schedule = restarts(recipe.cycles, warmup=recipe.warmup, floor=recipe.floor)
         train(
             model,
             batches,
@@ -147,7 +162,7 @@ def ship(
     tokenizer.save(folder / "tiny_tokenizer.json")
     names = ("tiny.safetensors", "tiny_tokenizer.json")
     about = {
-        "recipe": asdict(recipe),
+        "recipe": recipe.as_dict(),
         "config": asdict(recipe.config),
         "quality": report(model, tokenizer),
         "losses": every(kept["losses"], 20),
@@ -175,13 +190,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="keeps checkpoints")
     options.add_argument("--into", type=Path, default=FOLDER, help="where the files are put")
-    options.add_argument("--steps", type=int, default=Recipe.steps)
+    options.add_argument("--cycles", type=int, nargs="+", default=Recipe.cycles, metavar="STEPS")
     options.add_argument("--seed", type=int, default=Recipe.seed)
     options.add_argument("--threads", type=int, default=1)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     torch.set_flush_denormal(True)
-    recipe = Recipe(steps=chosen.steps, seed=chosen.seed)
+    recipe = Recipe(cycles=tuple(chosen.cycles), seed=chosen.seed)
     chosen.runs.mkdir(parents=True, exist_ok=True)
     print("reading the library and learning the tokenizer: about a minute")
     tokenizer, tokens = prepare(recipe)

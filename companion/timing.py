@@ -19,6 +19,7 @@ from companion.checks import require, require_known, require_whole
 from companion.intervals import Interval, median_interval, median_ratio
 from companion.rounds import Call, Clock, Round, Track, quiet_rounds, steady
 
+FEWEST, MOST, LONG = 25, 60, 4.0  # rounds, if none are asked for, and the seconds to fit them in
 LAYOUT = 0.03  # two copies of one model differ by about this much, however long one measures
 
 
@@ -111,7 +112,7 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 def race(
     *,
-    rounds: int = 25,
+    rounds: int | None = None,
     warmup: int = 1,
     threads: int = 1,
     patience: float = 2.0,
@@ -120,30 +121,34 @@ def race(
 ) -> Race:
     """Time zero-argument callables against each other, by name, at `threads` torch threads.
 
-    `rounds` quiet rounds are kept (at least 6, the fewest that give a 95 % interval); each samples
-    every candidate twice. Noisy ones are run again while at least half were quiet or `patience`
-    seconds last; after that the machine is called busy. The candidates are called `warmup` times
-    before anything is timed.
+    `rounds` quiet rounds are kept: at least 6, the fewest that give a 95 % interval; if not said,
+    as many as fit into four seconds, but 25 to 60. Each samples every candidate twice. Noisy rounds
+    are run again while at least half were quiet or `patience` seconds last; after that the machine
+    is called busy. The candidates are called `warmup` times before anything is timed.
     Raises ValueError for no candidates, one that cannot be called, and numbers out of range. What a
     candidate raises comes through, with the thread count put back.
     """
-    require_whole("rounds", rounds, least=6)
+    if rounds is not None:
+        require_whole("rounds", rounds, least=6)
     require_whole("warmup", warmup, least=0)
     require(patience >= 0, f"patience is {patience!r}; it must be at least 0 seconds")
     require(bool(candidates), "no candidates: name some callables, as in race(plain=f, quick=g)")
     for name, call in candidates.items():
         require(callable(call), f"candidate {name!r} is {call!r}, which cannot be called")
     with steady(threads):
-        tries = _run(Track(candidates, warmup, seed), rounds, patience)
+        tries, rounds = _run(Track(candidates, warmup, seed), rounds, patience)
     kept = [r.seconds for r, quiet in zip(tries, quiet_rounds(tries), strict=True) if quiet]
     seconds = {name: tuple(times[name] for times in kept) for name in candidates}
     return Race(seconds, threads, len(tries), "" if len(kept) >= rounds else _reason(tries, kept))
 
 
-def _run(track: Track, rounds: int, patience: float) -> list[Round]:
-    """Rounds until enough of them are quiet or the patience is at its end."""
-    tries: list[Round] = []
-    quiet, start = 0, track.clock.now()
+def _run(track: Track, rounds: int | None, patience: float) -> tuple[list[Round], int]:
+    """Rounds until enough of them are quiet or the patience is at its end; how many are enough."""
+    start = track.clock.now()
+    tries = [track.round()]
+    if rounds is None:
+        rounds = min(MOST, max(FEWEST, int(LONG / max(track.clock.now() - start, 1e-9))))
+    quiet = sum(quiet_rounds(tries))
     with tqdm(total=rounds, desc="race", delay=3, leave=False) as bar:
         while quiet < rounds and (
             len(tries) < rounds or 2 * quiet >= len(tries) or track.clock.now() - start < patience
@@ -152,7 +157,7 @@ def _run(track: Track, rounds: int, patience: float) -> list[Round]:
             quiet = sum(quiet_rounds(tries))
             if quiet > bar.n:
                 bar.update(quiet - bar.n)
-    return tries
+    return tries, rounds
 
 
 def _reason(tries: list[Round], kept: list) -> str:

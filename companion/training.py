@@ -61,6 +61,24 @@ def cosine(steps: int, *, warmup: int = 0, floor: float = 0.1) -> Schedule:
     return factor
 
 
+def restarts(cycles: Sequence[int], *, warmup: int = 0, floor: float = 0.1) -> Schedule:
+    """One `cosine` after another, each as long as its cycle: SGDR, arXiv:1608.03983.
+
+    A training that has ended can so be lengthened by one more cycle.
+    """
+    require(len(cycles) > 0, "cycles is empty; give the steps of at least one cycle")
+    parts = [cosine(steps, warmup=warmup, floor=floor) for steps in cycles]
+
+    def factor(step: int) -> float:
+        for steps, part in zip(cycles, parts, strict=True):
+            if step < steps:
+                return part(step)
+            step -= steps
+        return floor
+
+    return factor
+
+
 def constant(step: int) -> float:
     """The schedule that leaves the learning rate as it is."""
     return 1.0

@@ -82,7 +82,7 @@ class QuantizedMatrix(nn.Module):
         codes = self.codes[flat]
         codes = codes if self.bits is None else unpack(codes, self.bits)
         scheme = self.scheme
-        if scheme.scale is not None and len(scheme.scale) > 1:  # not one scale for the whole
+        if scheme.scale is not None and len(scheme.scale) == len(self.codes):  # not one for all
             picked = {n: getattr(scheme, n, None) for n in ("scale", "zero", "offset")}
             picked = {n: t[flat] for n, t in picked.items() if t is not None}
             scheme = replace(scheme, **picked)

@@ -26,11 +26,12 @@ def folder(tmp_path):
 
 def test_the_recipe_says_what_was_shipped():
     recipe, model = tiny_recipe(), tiny()
-    expected = Recipe(**recipe["recipe"])
+    expected = Recipe(**recipe["recipe"] | {"cycles": tuple(recipe["recipe"]["cycles"])})
     assert expected.config == model.config and tiny_tokenizer().vocab == model.config.vocab
     assert 4e6 < sum(p.numel() for p in model.parameters()) < 6e6
     assert (FOLDER / NAMES[0]).stat().st_size < 12e6
-    assert len(recipe["losses"]) == -(-recipe["recipe"]["steps"] // 20)
+    assert expected == Recipe(), "the defaults make another model than the shipped one"
+    assert len(recipe["losses"]) == -(-expected.steps // 20)
     assert recipe["losses"][-1] < recipe["losses"][0]
     assert all(
         p.dtype == torch.float32 and p.equal(p.bfloat16().float()) for p in model.parameters()
@@ -84,8 +85,8 @@ def test_a_missing_or_damaged_recipe_is_refused(folder):
 
 
 SMALL = Recipe(
-    vocab=270, context=16, layers=1, heads=2, kv_heads=1, width=16, hidden=24, steps=60, batch=2,
-    warmup=2,
+    vocab=270, context=16, layers=1, heads=2, kv_heads=1, width=16, hidden=24, cycles=(60,),
+    batch=2, warmup=2,
 )  # fmt: skip
 
 
@@ -118,12 +119,24 @@ def test_an_interrupted_pretraining_goes_on_without_loss(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+def test_one_more_cycle_goes_on_from_the_earlier_ones(tmp_path):
+    tokens, longer = some_tokens(), replace(SMALL, cycles=(60, 30))
+    whole, kept = pretrain(longer, tokens, tmp_path / "whole.safetensors")
+    path = tmp_path / "part.safetensors"
+    pretrain(SMALL, tokens, path)
+    again, kept_again = pretrain(longer, tokens, path)
+    assert kept["losses"] == kept_again["losses"] and len(kept["losses"]) == 90
+    assert kept_again["recipe"] == kept["recipe"] and kept["recipe"]["cycles"] == [60, 30]
+    pairs = zip(whole.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("other", [{"rate": 2e-2}, {"cycles": (61,)}, {"cycles": (30, 30)}])
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, other):
     path = tmp_path / "x.safetensors"
     pretrain(SMALL, some_tokens(), path)
-    other = Recipe(**{**SMALL.__dict__, "rate": 2e-2})
     with pytest.raises(ValueError, match="another recipe"):
-        pretrain(other, some_tokens(), path)
+        pretrain(replace(SMALL, **other), some_tokens(), path)
 
 
 def test_the_recipe_is_readable_json():

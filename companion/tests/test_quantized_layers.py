@@ -102,3 +102,9 @@ def test_another_type_for_the_model_leaves_codes_and_scales_alone(case):
     model = nn.Sequential(QuantizedLinear(matrix), nn.Linear(12, 2)).to(torch.bfloat16)
     assert model[1].weight.dtype == torch.bfloat16
     assert torch.equal(model[0].matrix.expand(), expected)
+
+
+def test_rows_of_a_matrix_of_one_row():
+    found = nearest("w", weight()[:1], CODINGS["group"])
+    matrix = QuantizedMatrix(found.codes, found.scheme, 16)
+    assert torch.equal(matrix.rows(torch.tensor([0, 0])), matrix.expand()[[0, 0]])

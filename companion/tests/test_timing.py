@@ -97,6 +97,13 @@ def test_short_calls_are_repeated_until_a_sample_is_long_and_settle_first(world)
     assert w.log.count("long") == 1 + 12
 
 
+@pytest.mark.parametrize("seconds, expected", [(0.002, 60), (0.010, 48), (0.5, 25)])
+def test_quick_calls_get_more_rounds_within_limits(world, seconds, expected):
+    w = world()
+    result = race(a=w.work("a", seconds), b=w.work("b", seconds))
+    assert len(result.seconds["a"]) == pytest.approx(expected, abs=4) and not result.busy
+
+
 def test_warmup_calls_come_before_anything_else(world):
     w = world()
     race(rounds=6, warmup=3, a=w.work("a", 0.1), b=w.work("b", 0.1))

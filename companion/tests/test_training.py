@@ -15,6 +15,7 @@ from companion.training import (
     cosine,
     load_checkpoint,
     plain_step,
+    restarts,
     save_checkpoint,
     train,
 )
@@ -90,6 +91,21 @@ def test_cosine_rises_falls_and_stays():
     assert factor(60) == pytest.approx(0.1 + 0.9 / 2)
     assert factor(110) == factor(1000) == pytest.approx(0.1)
     assert constant(5) == 1
+
+
+def test_restarts_are_one_cosine_after_another():
+    factor = restarts((110, 20), warmup=10, floor=0.1)
+    first, second = (cosine(steps, warmup=10, floor=0.1) for steps in (110, 20))
+    assert [factor(step) for step in range(110)] == [first(step) for step in range(110)]
+    assert [factor(110 + step) for step in range(20)] == [second(step) for step in range(20)]
+    assert factor(1000) == 0.1
+
+
+def test_restarts_refuse_what_is_no_cycle():
+    with pytest.raises(ValueError, match="cycles is empty"):
+        restarts(())
+    with pytest.raises(ValueError, match="warmup 10 must be shorter than the 5 steps"):
+        restarts((50, 5), warmup=10)
 
 
 def test_the_schedule_scales_each_group_from_its_own_rate():
