@@ -19,7 +19,7 @@ from companion.checks import require, require_known, require_whole
 from companion.intervals import Interval, median_interval, median_ratio
 from companion.rounds import Call, Clock, Round, Track, quiet_rounds, steady
 
-FEWEST, MOST, LONG = 25, 60, 4.0  # rounds, if none are asked for, and the seconds to fit them in
+FEWEST, MOST, LONG = 25, 90, 6.0  # rounds, if none are asked for, and the seconds to fit them in
 LAYOUT = 0.03  # two copies of one model differ by about this much, however long one measures
 
 
@@ -122,7 +122,7 @@ def race(
     """Time zero-argument callables against each other, by name, at `threads` torch threads.
 
     `rounds` quiet rounds are kept: at least 6, the fewest that give a 95 % interval; if not said,
-    as many as fit into four seconds, but 25 to 60. Each samples every candidate twice. Noisy rounds
+    as many as fit into six seconds, but 25 to 90. Each samples every candidate twice. Noisy rounds
     are run again while at least half were quiet or `patience` seconds last; after that the machine
     is called busy. The candidates are called `warmup` times before anything is timed.
     Raises ValueError for no candidates, one that cannot be called, and numbers out of range. What a

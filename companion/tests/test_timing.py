@@ -62,7 +62,7 @@ def world(monkeypatch):
 
 def test_a_still_world_gives_exact_medians_and_ratios(world):
     w = world()
-    result = race(slow=w.work("slow", 0.030), fast=w.work("fast", 0.010))
+    result = race(rounds=25, slow=w.work("slow", 0.030), fast=w.work("fast", 0.010))
     assert result.median("slow") == pytest.approx(0.030)
     assert result.ratio("slow", "fast").estimate == pytest.approx(3)
     assert result.ratio("fast", "slow").estimate == pytest.approx(1 / 3)
@@ -97,11 +97,11 @@ def test_short_calls_are_repeated_until_a_sample_is_long_and_settle_first(world)
     assert w.log.count("long") == 1 + 12
 
 
-@pytest.mark.parametrize("seconds, expected", [(0.002, 60), (0.010, 48), (0.5, 25)])
+@pytest.mark.parametrize("seconds, expected", [(0.002, 90), (0.010, 72), (0.5, 25)])
 def test_quick_calls_get_more_rounds_within_limits(world, seconds, expected):
     w = world()
     result = race(a=w.work("a", seconds), b=w.work("b", seconds))
-    assert len(result.seconds["a"]) == pytest.approx(expected, abs=4) and not result.busy
+    assert len(result.seconds["a"]) == pytest.approx(expected, abs=5) and not result.busy
 
 
 def test_warmup_calls_come_before_anything_else(world):
@@ -185,7 +185,7 @@ def test_patience_waits_for_the_other_program_to_end(world):
         if w.time > 3:
             w.taken = 0.0
 
-    calls = dict(a=w.work("a", 0.01, until_three_seconds), b=w.work("b", 0.01))
+    calls = dict(a=w.work("a", 0.01, until_three_seconds), b=w.work("b", 0.01), rounds=25)
     assert race(patience=0, **calls).busy
     w.time, w.taken = 0.0, 1.0
     patient = race(patience=30, **calls)
