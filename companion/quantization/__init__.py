@@ -4,8 +4,14 @@
 scale and what it does to a number) up to `replacing` (a whole model).
 """
 
-from companion.quantization.grids import affine, extremes, least_squares, minimum, percentile
-from companion.quantization.grids import symmetric as symmetric
+from companion.quantization.grids import (
+    affine,
+    extremes,
+    least_squares,
+    minimum,
+    percentile,
+    symmetric,
+)
 from companion.quantization.replacing import nearest, quantize
 
 __all__ = [

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from companion.checks import require
 from companion.model import LanguageModel
 from companion.quantization.calibration import Inputs, seen
-from companion.quantization.grids import Grid, affine, code_range, fit
+from companion.quantization.grids import Grid, affine, code_range, fit, require_finite
 from companion.quantization.layers import QuantizedLinear
 from companion.surgery import swapped
 
@@ -58,8 +58,7 @@ class Static:
         self.grid = affine(torch.tensor([[low]]), torch.tensor([[high]]), bits)
 
     def __call__(self, x: Tensor) -> Grid:
-        bad = int((~x.isfinite()).sum())
-        require(bad == 0, f"{bad} of {x.numel()} numbers are not finite; no grid can hold them")
+        require_finite(x)
         if self.grid.scale.device != x.device:
             scale, zero = self.grid.scale.to(x.device), self.grid.zero.to(x.device)
             self.grid = replace(self.grid, scale=scale, zero=zero)
@@ -140,8 +139,5 @@ def _inside(name: str, module: nn.Module) -> bool:
 def require_rows(linear: nn.Module) -> None:
     """Raise ValueError unless the layer's codes are on symmetric grids, one a row."""
     require(isinstance(linear, QuantizedLinear), f"{type(linear).__name__} is no QuantizedLinear")
-    matrix, scheme = linear.matrix, linear.matrix.scheme
-    rows = isinstance(scheme, Grid) and scheme.scale.shape[:2] == (matrix.shape[0], 1)
-    good = rows and scheme.zero is None and scheme.offset is None and matrix.columns is None
-    wanted = 'quantize(..., group="row", mapping=symmetric)'
+    good, wanted = linear.matrix.symmetric_rows, 'quantize(..., group="row", mapping=symmetric)'
     require(good, f"it has no symmetric grid a row, which integer products need; use {wanted}")

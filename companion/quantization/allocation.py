@@ -18,7 +18,7 @@ from companion.data import Passage
 from companion.memory import stored_bytes
 from companion.model import LanguageModel
 from companion.quality import judge
-from companion.quantization.replacing import quantize
+from companion.quantization.replacing import codings, nearest, quantized_layer
 from companion.surgery import chosen, linears
 
 Costs = Mapping[str, Mapping[int, float]]  # layer -> bits -> harm, or bytes
@@ -52,7 +52,10 @@ def sensitivities(
 
 
 def _quantized_layer(model: LanguageModel, name: str, bits: int, options: dict) -> nn.Module:
-    return quantize(model, {name: bits}, head=None, **options).get_submodule(name)
+    rounding = options.get("rounding", nearest)
+    rest = {option: value for option, value in options.items() if option != "rounding"}
+    coding = codings(model, {name: bits}, head=None, **rest)[name]
+    return quantized_layer(model, name, coding, rounding)
 
 
 class _With(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from companion.checks import require
+from companion.quantization.grids import require_finite
 from companion.surgery import Where, chosen, linears
 
 
@@ -29,8 +30,7 @@ class Inputs:
     def add(self, x: Tensor) -> None:
         """Count vectors (..., I). Raises ValueError if one is not finite."""
         x = x.detach().flatten(0, -2).float()
-        bad = int((~x.isfinite()).sum())
-        require(bad == 0, f"{bad} of {x.numel()} calibration inputs are not finite")
+        require_finite(x, "calibration inputs")
         self.positions += len(x)
         self.products.addmm_(x.T, x)
         self.magnitudes += x.abs().sum(0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from companion.checks import require, require_known
+from companion.quantization.grids import require_finite
 
 CASTS = {
     name: getattr(torch, name) for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -82,8 +83,7 @@ def in_format(numbers: Tensor, name: str) -> Cast | Table:
     Raises ValueError for an unknown format, and for numbers that are not finite or too large.
     """
     require_known("format", name, FORMATS)
-    bad = int((~numbers.isfinite()).sum())
-    require(bad == 0, f"{bad} of {numbers.numel()} numbers are not finite; no format can hold them")
+    require_finite(numbers)
     largest = numbers.abs().amax(-1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     if name == "nf4":

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 
 from companion.checks import require
-from companion.model import Block, KeyValueCache, LanguageModel, attend
+from companion.model import Block, KeyValueCache, LanguageModel, RMSNorm, attend
 from companion.quantization.grids import Grid
 from companion.quantization.kernels import available, kernel
 from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
@@ -67,7 +67,7 @@ class FusedBlock(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KeyValueCache | None
     ) -> Tensor:
         heads, turning = self.heads, self.heads + self.kv_heads
-        every = self.query_key_value(_normed(self.attention_norm, x))
+        every = self.query_key_value(self.attention_norm(x))
         every = every.unflatten(-1, (turning + self.kv_heads, -1)).transpose(1, 2)
         turned, value = every[:, :turning], every[:, turning:]
         half = turned.shape[-1] // 2
@@ -76,12 +76,8 @@ class FusedBlock(nn.Module):
         if cache is not None:
             key, value = cache.extend(layer, key, value)
         x = x + self.out(attend(query, key, value).transpose(1, 2).flatten(-2))
-        gate, up = self.gate_up(_normed(self.mlp_norm, x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(silu(gate) * up)
-
-
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    return rms_norm(x, norm.weight.shape, norm.weight, norm.epsilon)
 
 
 class FusedModel(nn.Module):
@@ -96,7 +92,7 @@ class FusedModel(nn.Module):
         self.head = kernel(model.head, head)
         self.dtype = getattr(self.blocks[0].down, "dtype", torch.float32)
         for module in self.modules():
-            if hasattr(module, "epsilon"):  # the norms
+            if isinstance(module, RMSNorm):
                 module.to(self.dtype)
         below = -model.sin[:, : model.sin.shape[1] // 2]  # the first half of a vector gets -sin
         sin = torch.cat([below, model.sin[:, below.shape[1] :]], dim=1)
@@ -119,7 +115,7 @@ class FusedModel(nn.Module):
             x = block(x, cos, sin, layer, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        x = _normed(self.norm, x)
+        x = self.norm(x)
         return self.head(x.to(getattr(self.head, "dtype", x.dtype)))
 
 

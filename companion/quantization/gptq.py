@@ -15,7 +15,6 @@ Axes: O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from companion.checks import require_number, require_whole
 from companion.quantization.calibration import Inputs, seen
 from companion.quantization.grids import grouped
-from companion.quantization.layers import Scheme
+from companion.quantization.layers import Scheme, regrouped
 from companion.quantization.replacing import Coding, Rounded, Rounding
 
 
@@ -92,7 +91,7 @@ def compensated(weight: Tensor, scheme: Scheme, upper: Tensor, block: int = 128)
         errors = torch.zeros_like(now)
         for i in range(stop - start):
             column = now[:, i : i + 1]
-            grid = _column(scheme, start + i)
+            grid = regrouped(scheme, lambda tensor, at=start + i: tensor[:, at : at + 1])
             codes = grid.codes(column)
             parts.append(codes)
             errors[:, i : i + 1] = (column - grid.numbers(codes)) / inside[i, i]
@@ -101,22 +100,8 @@ def compensated(weight: Tensor, scheme: Scheme, upper: Tensor, block: int = 128)
     return torch.cat(parts, dim=1)
 
 
-FIELDS = ("scale", "zero", "offset")  # of a scheme: what differs from group to group
-
-
-def _tensors(scheme: Scheme) -> dict[str, Tensor]:
-    found = {name: getattr(scheme, name, None) for name in FIELDS}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
 def _permuted(scheme: Scheme, numbers: Tensor, order: Tensor) -> Scheme:
     """The scheme with a column of its own, (O, I), for each input in the new order."""
-    outputs_first = {
-        name: tensor.expand(numbers.shape).reshape(-1, len(order))[:, order]
-        for name, tensor in _tensors(scheme).items()
-    }
-    return replace(scheme, **outputs_first)
-
-
-def _column(scheme: Scheme, i: int) -> Scheme:
-    return replace(scheme, **{n: t[:, i : i + 1] for n, t in _tensors(scheme).items()})
+    return regrouped(
+        scheme, lambda tensor: tensor.expand(numbers.shape).reshape(-1, len(order))[:, order]
+    )

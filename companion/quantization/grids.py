@@ -155,9 +155,14 @@ def fit(
     """
     code_range(bits)
     require(numbers.numel() > 0, "there are 0 numbers to fit a grid to")
-    bad = int((~numbers.isfinite()).sum())
-    require(bad == 0, f"{bad} of {numbers.numel()} numbers are not finite; no grid can hold them")
+    require_finite(numbers)
     return limits(numbers, partial(mapping, bits=bits))
+
+
+def require_finite(numbers: Tensor, name: str = "numbers") -> None:
+    """Raise ValueError if one of the numbers is infinite or none."""
+    bad = int((~numbers.isfinite()).sum())
+    require(bad == 0, f"{bad} of {numbers.numel()} {name} are not finite; nothing can hold them")
 
 
 def grouped(weight: Tensor, group: int | str = "row") -> Tensor:

@@ -108,9 +108,10 @@ def _grid(matrix: QuantizedMatrix, bits: int) -> Grid:
 
 def _rows(matrix: QuantizedMatrix) -> Grid:
     scheme = _grid(matrix, bits=8)
-    plain = scheme.zero is None and scheme.offset is None and scheme.scale.shape[1] == 1
-    good = plain and len(scheme.scale) == matrix.shape[0]
-    require(good, 'the kernel needs a symmetric grid a row: group="row", mapping=symmetric')
+    require(
+        matrix.symmetric_rows,
+        'the kernel needs a symmetric grid a row: group="row", mapping=symmetric',
+    )
     return scheme
 
 

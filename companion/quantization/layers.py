@@ -22,6 +22,12 @@ from companion.quantization.packing import pack, unpack
 Scheme = Grid | Cast | Table
 
 
+def regrouped(scheme: Scheme, change: Callable[[Tensor], Tensor]) -> Scheme:
+    """The scheme with `change` made to each tensor that has an entry for each group."""
+    found = {name: getattr(scheme, name, None) for name in ("scale", "zero", "offset")}
+    return replace(scheme, **{name: change(t) for name, t in found.items() if t is not None})
+
+
 class QuantizedMatrix(nn.Module):
     """A weight (O, I), stored as codes and a scheme: bytes count as they lie in memory."""
 
@@ -68,6 +74,13 @@ class QuantizedMatrix(nn.Module):
         held = {name: getattr(self, name).float() for name in named if name != "bits"}
         return self.kind(**rest, **held)
 
+    @property
+    def symmetric_rows(self) -> bool:
+        """Whether a code is its number but for one factor a row, as integer products need."""
+        scheme = self.scheme
+        rows = self.kind is Grid and scheme.scale.shape[:2] == (self.shape[0], 1)
+        return rows and scheme.zero is None and scheme.offset is None and self.columns is None
+
     def unpacked(self) -> Tensor:
         """The codes (O, I): int8, or the floating-point type they are stored in."""
         return self.codes if self.bits is None else unpack(self.codes, self.bits)
@@ -83,9 +96,7 @@ class QuantizedMatrix(nn.Module):
         codes = codes if self.bits is None else unpack(codes, self.bits)
         scheme = self.scheme
         if scheme.scale is not None and len(scheme.scale) == len(self.codes):  # not one for all
-            picked = {n: getattr(scheme, n, None) for n in ("scale", "zero", "offset")}
-            picked = {n: t[flat] for n, t in picked.items() if t is not None}
-            scheme = replace(scheme, **picked)
+            scheme = regrouped(scheme, lambda tensor: tensor[flat])
         return self._read(codes, scheme).view(*ids.shape, self.inputs)
 
     def _read(self, codes: Tensor, scheme: Scheme) -> Tensor:

@@ -105,8 +105,7 @@ def quantize(
     for name, coding in plan.items():
         if name in ("embedding", "head"):
             continue
-        matrix = _matrix(name, new.get_submodule(name).weight, coding, rounding)
-        new.set_submodule(name, QuantizedLinear(matrix))
+        new.set_submodule(name, quantized_layer(model, name, coding, rounding))
     if head is not None:
         _replace_ends(new, plan["embedding"])
     return new
@@ -135,6 +134,13 @@ def codings(
         found |= {"embedding": ends, "head": ends}
     require(len(found) > 0, "no layer is named, and head is None: nothing would be quantized")
     return found
+
+
+def quantized_layer(
+    model: LanguageModel, name: str, coding: Coding, rounding: Rounding = nearest
+) -> QuantizedLinear:
+    """What `quantize` puts in place of one linear layer; the model is left alone."""
+    return QuantizedLinear(_matrix(name, model.get_submodule(name).weight, coding, rounding))
 
 
 def require_plain(model: nn.Module) -> None:
