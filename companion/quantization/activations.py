@@ -77,14 +77,6 @@ class IntegerLinear(nn.Module):
         require_rows(linear)
         self.matrix, self.range_of = linear.matrix, range_of
 
-    @property
-    def in_features(self) -> int:
-        return self.matrix.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix.shape[0]
-
     def forward(self, x: Tensor) -> Tensor:
         rows = x.detach().flatten(0, -2).float()
         grid, weight = self.range_of(rows), self.matrix.scheme
