@@ -9,49 +9,34 @@ Axes: B batch, K key-value heads, T new positions, C capacity, D head width, V v
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.checks import require, require_number, require_whole
 from companion.model import LanguageModel, ModelConfig
 
 
-class Cache:
-    """Keys and values of all layers, each in one contiguous tensor (B, K, C, D) made beforehand."""
+class Positions:
+    """Which positions a cache holds, and what may be put behind them."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        batch: int = 1,
-        capacity: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch: int, capacity: int | None) -> None:
         """Room for `capacity` positions (the model's context if None). ValueError if impossible."""
         capacity = config.context if capacity is None else capacity
         require_whole("batch", batch)
         require_whole("capacity", capacity)
         limit = config.context
         require(capacity <= limit, f"capacity {capacity} exceeds the model's context of {limit}")
-        shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
         self.capacity, self.length = capacity, 0
 
-    @property
-    def bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new keys and values (B, K, T, D) behind the old ones; views of all so far."""
-        stop = self.length + key.shape[2]
+    def stop(self, key: Tensor, value: Tensor) -> int:
+        """Where new (B, K, T, D) would end. Raises ValueError if they do not fit."""
+        stop, given = self.length + key.shape[2], tuple(key.shape[:2])
         require(stop <= self.capacity, f"{stop} positions exceed the cache's {self.capacity}")
-        room = tuple(self.keys.shape[1:3])
-        given = tuple(key.shape[:2])
+        room = self.shape[1:3]
         require(given == room, f"keys for (batch, heads) {given} do not fit a cache for {room}")
-        self.keys[layer, :, :, self.length : stop] = key
-        self.values[layer, :, :, self.length : stop] = value
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        same = f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape"
+        require(key.shape == value.shape, same)
+        return stop
 
     def advance(self, positions: int) -> None:
         """Count positions as held: the model calls this after its last layer."""
@@ -64,10 +49,40 @@ class Cache:
         self.length = length
 
 
+class Cache(Positions):
+    """Keys and values of all layers, each in one contiguous tensor (B, K, C, D) made beforehand."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch: int = 1,
+        capacity: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Room for `capacity` positions (the model's context if None). ValueError if impossible."""
+        super().__init__(config, batch, capacity)
+        self.keys = torch.zeros(self.shape, dtype=dtype, device=device)
+        self.values = torch.zeros(self.shape, dtype=dtype, device=device)
+
+    @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new keys and values (B, K, T, D) behind the old ones; views of all so far."""
+        stop = self.stop(key, value)
+        self.keys[layer, :, :, self.length : stop] = key
+        self.values[layer, :, :, self.length : stop] = value
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+
 def cache_for(model: LanguageModel, *, batch: int = 1, capacity: int | None = None) -> Cache:
-    """An empty cache of the model's type and device."""
+    """An empty cache of the model's device and type: that of its vectors, or else its norms."""
     like = model.norm.weight
-    return Cache(model.config, batch=batch, capacity=capacity, dtype=like.dtype, device=like.device)
+    dtype = getattr(model, "dtype", like.dtype)
+    return Cache(model.config, batch=batch, capacity=capacity, dtype=dtype, device=like.device)
 
 
 def choose(
@@ -124,3 +139,16 @@ def generate(
             unread = choose(logits, temperature=temperature, top_k=top_k, random=random)[:, None]
             tokens = torch.cat([tokens, unread], dim=1)
     return tokens.clone()  # an ordinary tensor, which may be trained on
+
+
+class TokenByToken(nn.Module):
+    """A model that reads a text as it would have written it: through a cache, one token a call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, vocab) of ids (B, T)."""
+        cache = cache_for(self.model, batch=len(tokens), capacity=tokens.shape[1])
+        return torch.cat([self.model(token, cache) for token in tokens.split(1, dim=1)], dim=1)

@@ -6,6 +6,7 @@ and timed in alternation. What is exact is counted; what is timed carries an int
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,6 +21,9 @@ from companion.hardware import machine_card, peaks
 from companion.intervals import Interval
 from companion.memory import forward_peak_bytes, stored_bytes, unique_parameters
 from companion.quality import Quality, judge
+from companion.quantization.activations import IntegerLinear
+from companion.quantization.kernels import Kernel
+from companion.quantization.layers import QuantizedLinear
 from companion.report import COLUMNS, QUALITY, SPEED, Comparison, Report
 from companion.timing import Race, race
 
@@ -60,6 +64,7 @@ def compare(
             parameters=unique_parameters(model),
             stored_bytes=stored_bytes(model),
             peak_bytes=_peak_bytes(model, tokens) if "peak_bytes" in wanted else None,
+            products=products(model),
             **_quality(judged.get(name), judged.get(next(iter(models)))),
             **(speeds.of(name) if speeds else {}),
         )
@@ -73,6 +78,23 @@ def compare(
 def measure(model: nn.Module, passage: Passage, **options) -> Report:
     """The `Report` of one model; the options are those of `compare`."""
     return compare(passage, model=model, **options).reports["model"]
+
+
+def products(model: nn.Module) -> str:
+    """What multiplies vectors by the weights, with the number of layers: "Int8Weights x 121".
+
+    Kernels go by their name; "expanded" is a layer that makes its weight anew at each call.
+    """
+    kinds = Counter(name for module in model.modules() if (name := _product(module)))
+    return ", ".join(f"{name} x {count}" for name, count in kinds.most_common())
+
+
+def _product(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return str(module.weight.dtype).removeprefix("torch.")
+    if isinstance(module, QuantizedLinear):
+        return "expanded"
+    return type(module).__name__ if isinstance(module, (Kernel, IntegerLinear)) else ""
 
 
 def _quality(own: Quality | None, first: Quality | None) -> dict[str, Interval]:

@@ -32,6 +32,7 @@ SIZE = {
     "parameters": "parameters",
     "stored_bytes": "stored (MB)",
     "peak_bytes": "peak live (MB)",
+    "products": "products run by",
 }
 COLUMNS = {**SIZE, **QUALITY, **SPEED}
 SCALES = {
@@ -50,6 +51,7 @@ class Report:
     parameters: int  # different numbers; shared ones count once
     stored_bytes: int  # of distinct storages
     peak_bytes: int | None = None  # stored, and alive at the worst moment of reading the prompt
+    products: str | None = None  # what multiplies by the weights, such as "Int8Weights x 121"
     bits_per_byte: Interval | None = None
     perplexity: Interval | None = None
     excess: Interval | None = None  # bits per byte more than the first model, on the same windows
@@ -72,6 +74,8 @@ class Report:
             return "–"
         if isinstance(value, Interval):
             return str(value.map(lambda x: x * scale))
+        if isinstance(value, str):
+            return value
         return f"{value * scale:,.1f}" if scale != 1 else f"{value:,}"
 
 

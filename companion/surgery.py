@@ -6,7 +6,7 @@ A tensor that two modules share (a tied head) is one tensor in the copy too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,14 @@ from companion.model import LanguageModel, ModelConfig, rotary_angles
 Where = Callable[[str, nn.Module], bool]
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing with `model`; what `model` shares within itself stays shared."""
-    return copy.deepcopy(model)
+def copied(model: nn.Module, *, sharing: Iterable[str] = ()) -> nn.Module:
+    """A copy that shares nothing with `model`; what `model` shares within itself stays shared.
+
+    The modules named in `sharing` are not copied but stand in both: for a copy in which they are
+    about to be replaced, so that their weights need not be held twice.
+    """
+    kept = [model.get_submodule(name) for name in sharing]
+    return copy.deepcopy(model, {id(module): module for module in kept})
 
 
 def linears(name: str, module: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from companion.model import LanguageModel
 from companion.quantization.calibration import Inputs, seen
 from companion.quantization.grids import Grid, affine, code_range, fit, require_finite
 from companion.quantization.layers import QuantizedLinear
-from companion.surgery import swapped
+from companion.surgery import Where, swapped
 
 Range = Callable[[Tensor], Grid]
 
@@ -86,16 +86,32 @@ class IntegerLinear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+class FirstKept(nn.Module):
+    """Integers for all positions but the first of each text, which keeps its floating point."""
+
+    def __init__(self, linear: QuantizedLinear, range_of: Range) -> None:
+        super().__init__()
+        self.plain, self.integer = linear, IntegerLinear(linear, range_of)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of (B, T, I): the first of the T positions as it is, all others in integers."""
+        first = self.plain(x[:, :1])
+        return torch.cat([first, self.integer(x[:, 1:])], dim=1) if x.shape[1] > 1 else first
+
+
 def integer(
     model: LanguageModel,
     range_of: Range | Mapping[str, Range] | None = None,
     *,
-    where: Callable[[str, nn.Module], bool] | None = None,
+    where: Where | None = None,
+    layer: Callable[[QuantizedLinear, Range], nn.Module] = IntegerLinear,
 ) -> LanguageModel:
     """A new model whose quantized layers inside the blocks read integers: W8A8 if both are 8 bits.
 
     `range_of` finds the grid of what a layer reads (`PerToken()` if None), or does so by the
-    layer's name. Raises ValueError for a model whose weights are not on symmetric grids, one a row.
+    layer's name. `layer` is `IntegerLinear`, or `FirstKept` to spare each text's first position: a
+    text then has to be read in one call. Raises ValueError for a model whose weights are not on
+    symmetric grids, one a row.
     """
     ranges = PerToken() if range_of is None else range_of
 
@@ -105,7 +121,7 @@ def integer(
             require(name in ranges, f"no range is given for {name}; calibrate on the same model")
             own = ranges[name]
         try:
-            return IntegerLinear(linear, own)
+            return layer(linear, own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

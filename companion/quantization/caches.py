@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from companion.checks import require, require_known, require_whole
+from companion.checks import require, require_known
+from companion.decoding import Positions
 from companion.model import ModelConfig
 from companion.quantization.grids import Grid, affine, code_range, fit
 from companion.quantization.packing import pack, together, unpack
@@ -108,7 +109,7 @@ class ByChannel:
 KEYS_BY = {"position": ByPosition, "channel": ByChannel}
 
 
-class QuantizedCache:
+class QuantizedCache(Positions):
     """Keys and values in few bits, for `model(tokens, cache)` as the plain `Cache`."""
 
     def __init__(
@@ -124,15 +125,10 @@ class QuantizedCache:
         """Room for `capacity` positions (the model's context if None). ValueError if impossible."""
         code_range(bits)
         require_known("keys_by", keys_by, KEYS_BY)
-        capacity = config.context if capacity is None else capacity
-        require_whole("batch", batch)
-        require_whole("capacity", capacity)
-        limit = config.context
-        require(capacity <= limit, f"capacity {capacity} exceeds the model's context of {limit}")
-        shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
-        self.keys = KEYS_BY[keys_by](shape, bits, device)
-        self.values = ByPosition(shape, bits, device)
-        self.room, self.bits, self.capacity, self.length = shape[1:3], bits, capacity, 0
+        super().__init__(config, batch, capacity)
+        self.bits = bits
+        self.keys = KEYS_BY[keys_by](self.shape, bits, device)
+        self.values = ByPosition(self.shape, bits, device)
 
     @property
     def bytes(self) -> int:
@@ -140,25 +136,12 @@ class QuantizedCache:
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Round and store new keys and values (B, K, T, D); all so far, expanded, (B, K, S, D)."""
-        stop = self.length + key.shape[2]
-        require(stop <= self.capacity, f"{stop} positions exceed the cache's {self.capacity}")
-        given = tuple(key.shape[:2])
-        same = f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape"
-        require(key.shape == value.shape, same)
-        require(
-            given == self.room,
-            f"keys for (batch, heads) {given} do not fit a cache for {self.room}",
-        )
+        self.stop(key, value)
         keys = self.keys.extend(layer, self.length, key)
         return keys, self.values.extend(layer, self.length, value)
 
-    def advance(self, positions: int) -> None:
-        """Count positions as held: the model calls this after its last layer."""
-        self.length += positions
-
     def rewind(self, length: int) -> None:
         """Forget all positions from `length` on."""
-        inside = isinstance(length, int) and 0 <= length <= self.length
-        require(inside, f"cannot rewind to {length}; the cache holds {self.length} positions")
-        self.keys.rewind(length, self.length)
-        self.length = length
+        before = self.length
+        super().rewind(length)
+        self.keys.rewind(length, before)

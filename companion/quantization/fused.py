@@ -5,7 +5,9 @@ a block. Each call costs microseconds whatever it computes, so that small matric
 
     query, key and value are one matrix, gate and up another: 4 products a block instead of 7
     queries and keys are turned together, by tables made once: 3 calls instead of 12
-    vectors stay in the kernels' number format, so nothing is cast on the way
+    a norm is six calls instead of nine, and casts to the kernels' number format once
+
+A long prompt is read in FP32, through expanded weights, where the kernel is made for few vectors.
 
 The result is used as the model it came from, and computes the same but for that number format.
 
@@ -14,6 +16,7 @@ Axes: B batch, T positions, H query heads, K key-value heads, D head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,8 +52,23 @@ def joined(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
     return QuantizedLinear(QuantizedMatrix.of(first.kind, first.bits, first.inputs, tensors))
 
 
+class Norm(nn.Module):
+    """`RMSNorm` in fewer steps, cast to a number format at the end."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        epsilon = torch.tensor(norm.epsilon, device=norm.weight.device)
+        self.register_buffer("epsilon", epsilon, persistent=False)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        mean_square = torch.addcmul(self.epsilon, size, size, value=1 / x.shape[-1])
+        return (x * mean_square.rsqrt_()).mul_(self.weight).to(dtype)
+
+
 class FusedBlock(nn.Module):
-    """A `Block` of four products."""
+    """A `Block` of four products. The sum that runs through the blocks stays in FP32."""
 
     def __init__(self, block: Block, name: str) -> None:
         super().__init__()
@@ -61,22 +79,22 @@ class FusedBlock(nn.Module):
         self.out = kernel(attention.out, name)
         self.gate_up = kernel(joined((mlp.gate, mlp.up)), name)
         self.down = kernel(mlp.down, name)
-        self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
+        self.attention_norm, self.mlp_norm = Norm(block.attention_norm), Norm(block.mlp_norm)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KeyValueCache | None
     ) -> Tensor:
         heads, turning = self.heads, self.heads + self.kv_heads
-        every = self.query_key_value(self.attention_norm(x))
+        every = self.query_key_value(self.attention_norm(x, cos.dtype))
         every = every.unflatten(-1, (turning + self.kv_heads, -1)).transpose(1, 2)
         turned, value = every[:, :turning], every[:, turning:]
         half = turned.shape[-1] // 2
         turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin)
         query, key = turned[:, :heads], turned[:, heads:]
         if cache is not None:
-            key, value = cache.extend(layer, key, value)
+            key, value = (held.to(cos.dtype) for held in cache.extend(layer, key, value))
         x = x + self.out(attend(query, key, value).transpose(1, 2).flatten(-2))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(self.mlp_norm(x, cos.dtype)).chunk(2, dim=-1)
         return x + self.down(silu(gate) * up)
 
 
@@ -87,17 +105,16 @@ class FusedModel(nn.Module):
         super().__init__()
         model = copied(model)
         self.config = model.config
-        self.embedding, self.norm = model.embedding, model.norm
+        self.embedding, self.norm = model.embedding, Norm(model.norm)
         self.blocks = nn.ModuleList(FusedBlock(block, name) for block in model.blocks)
         self.head = kernel(model.head, head)
-        self.dtype = getattr(self.blocks[0].down, "dtype", torch.float32)
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.to(self.dtype)
+        down = self.blocks[0].down
+        self.dtype = getattr(down, "dtype", torch.float32)  # of vectors, when they are few
+        self.many = getattr(down, "many", math.inf)
         below = -model.sin[:, : model.sin.shape[1] // 2]  # the first half of a vector gets -sin
         sin = torch.cat([below, model.sin[:, below.shape[1] :]], dim=1)
-        self.register_buffer("cos", model.cos.to(self.dtype), persistent=False)
-        self.register_buffer("sin", sin.to(self.dtype), persistent=False)
+        self.register_buffer("cos", model.cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     _check = LanguageModel._check
 
@@ -109,14 +126,14 @@ class FusedModel(nn.Module):
         start = 0 if cache is None else cache.length
         self._check(tokens, start)
         stop = start + tokens.shape[1]
-        cos, sin = self.cos[start:stop], self.sin[start:stop]
-        x = self.embedding(tokens).to(self.dtype)
+        dtype = self.dtype if tokens.numel() < self.many else torch.float32
+        cos, sin = self.cos[start:stop].to(dtype), self.sin[start:stop].to(dtype)
+        x = self.embedding(tokens).float()
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, layer, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        x = self.norm(x)
-        return self.head(x.to(getattr(self.head, "dtype", x.dtype)))
+        return self.head(self.norm(x, getattr(self.head, "dtype", dtype)))
 
 
 def fused(model: LanguageModel, name: str, *, head: str = "Int8Weights") -> FusedModel:

@@ -41,18 +41,21 @@ def gptq(
     """
     require_number("damping", damping, above=0)
     require_whole("block", block)
+    prepared: dict[int, tuple[Tensor, Tensor]] = {}  # by inputs: layers that share them share it
+
+    def prepare(found: Inputs) -> tuple[Tensor, Tensor]:
+        if id(found) not in prepared:
+            squares = found.products.diagonal()
+            order = squares.argsort(descending=True) if ordered else torch.arange(len(squares))
+            prepared[id(found)] = order, factor(found.products[order][:, order], damping)
+        return prepared[id(found)]
 
     def rounding(name: str, weight: Tensor, coding: Coding) -> Rounded:
-        products, wanted = seen(inputs, name, weight).products, weight.shape[1]
+        order, upper = prepare(seen(inputs, name, weight))
         numbers = grouped(weight, coding.group)
         scheme = coding.scheme(numbers)
-        order = products.diagonal().argsort(descending=True) if ordered else torch.arange(wanted)
-        codes = compensated(
-            weight[:, order],
-            _permuted(scheme, numbers, order),
-            factor(products[order][:, order], damping),
-            block,
-        )
+        permuted = _permuted(scheme, numbers, order)
+        codes = compensated(weight[:, order], permuted, upper, block)
         back = torch.empty_like(codes)
         back[:, order] = codes
         return Rounded(back.view(numbers.shape), scheme)

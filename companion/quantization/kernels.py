@@ -7,28 +7,63 @@
 Each is made from a `QuantizedMatrix` and computes with the same codes. The first two round scales
 and vectors to BF16, the third rounds vectors to 7 or 8 bits; their tests say how far that goes.
 Where torch lacks a kernel, `kernel` returns the plain layer.
+
+They are made for few vectors, when reading the weight is the wait. Many vectors share the reading,
+and then the first two had better expand their weight once and multiply in FP32; `many` says when.
+The third stays ahead with many vectors; each is first divided by its own largest number, since one
+large vector would spoil a range that all share.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from companion.checks import require, require_known
 from companion.quantization.grids import Grid
 from companion.quantization.layers import QuantizedLinear, QuantizedMatrix
+from companion.quantization.packing import unpack
 
 GROUPS = (32, 64, 128, 256)  # of inputs, that the 4-bit kernel takes
 ROWS = 16  # it takes rows by so many
 
 
-class Int4Weights(nn.Module):
-    """`aten._weight_int4pack_mm_for_cpu`: scale x (code - 8) + zero, in groups of inputs."""
+class Kernel(nn.Module):
+    """A linear layer that multiplies a few vectors by packed codes, and many by the full weight."""
 
-    dtype = torch.bfloat16  # of vectors in and out
+    dtype: torch.dtype  # of vectors that the kernel takes, and gives
+    many: float  # vectors from which on the weight is expanded
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Vectors (N, I) times the packed weight, (N, O)."""
+        raise NotImplementedError
+
+    def expand(self) -> Tensor:
+        """The weight (O, I) in FP32."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors (..., I) to (..., O), in the type they came in."""
+        rows = x.flatten(0, -2)
+        if x.dtype == self.dtype and len(rows) < self.many:
+            y = self.multiply(rows)
+        else:
+            y = linear(rows.float(), self.expand()).to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Int4Weights(Kernel):
+    """`aten._weight_int4pack_mm_for_cpu`: scale x (code - 8) + zero, in groups of inputs.
+
+    The kernel's order of codes is its own, so they are kept in plain order too, to expand them.
+    """
+
+    dtype, many = torch.bfloat16, 16
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
         super().__init__()
@@ -43,19 +78,23 @@ class Int4Weights(nn.Module):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", both.contiguous().to(self.dtype))
+        self.register_buffer("codes", matrix.codes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, self.packed, self.group, self.scale_and_zero
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, self.packed, self.group, self.scale_and_zero
         )
-        return y.view(*x.shape[:-1], -1)
+
+    def expand(self) -> Tensor:
+        scale, zero = self.scale_and_zero.transpose(0, 1).float().split(1, dim=-1)  # (O, G, 1)
+        codes = unpack(self.codes, 4).float().view(*scale.shape[:2], -1)
+        return torch.addcmul(zero, codes, scale).flatten(1)
 
 
-class Int8Weights(nn.Module):
+class Int8Weights(Kernel):
     """`torch._weight_int8pack_mm`: one scale a row, codes around 0."""
 
-    dtype = torch.bfloat16
+    dtype, many = torch.bfloat16, 16
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
         super().__init__()
@@ -63,19 +102,21 @@ class Int8Weights(nn.Module):
         self.register_buffer("codes", matrix.unpacked())
         self.register_buffer("scale", scheme.scale.flatten().to(self.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.codes, self.scale)
-        return y.view(*x.shape[:-1], -1)
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x, self.codes, self.scale)
+
+    def expand(self) -> Tensor:
+        return self.codes.float().mul_(self.scale.float()[:, None])
 
 
-class Int8Products(nn.Module):
+class Int8Products(Kernel):
     """`quantized.linear_dynamic`: FP32 in and out, integers between, one range for the whole call.
 
     Without VNNI instructions the kernel adds pairs of products in 16 bits, which overflow unless
     the vectors keep to 7 bits.
     """
 
-    dtype = torch.float32
+    dtype, many = torch.float32, math.inf
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
         super().__init__()
@@ -87,8 +128,12 @@ class Int8Products(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
         self.seven_bits = not torch.cpu.get_capabilities().get("avx512_vnni", False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
+    def multiply(self, x: Tensor) -> Tensor:
+        if len(x) == 1:  # its range is its own as it is
+            return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
+        largest = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        y = torch.ops.quantized.linear_dynamic(x / largest, self.packed, self.seven_bits)
+        return y.mul_(largest)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """Show the packed codes among the tensors, so that their bytes are counted."""

@@ -89,26 +89,26 @@ def quantize(
     mapping: GridMapping = affine,
     limits: Limits = extremes,
     rounding: Rounding = nearest,
-    head: int | str | None = 8,
+    head: int | str | Coding | None = 8,
 ) -> LanguageModel:
     """A new model whose weights are stored in `bits` (2 to 8), or in a format such as "nf4".
 
     `bits` may also say it layer by layer, by name: {"blocks.0.mlp.up": 4, ...}; layers left out
     stay as they are. `rounding` chooses the codes: `nearest`, or one that saw calibration data.
-    `head` is for embedding and head, rounded to nearest, a scale a row; None leaves them alone.
+    `head` is for embedding and head, rounded to nearest: bits or a format, with a scale a row, or a
+    whole `Coding`; None leaves them alone.
     Raises ValueError for bits, groups and formats that cannot be, weights that are not finite, and
     a model that is quantized already; the model given stays as it was.
     """
     require_plain(model)
     plan = codings(model, bits, group=group, mapping=mapping, limits=limits, head=head)
-    new = copied(model).requires_grad_(False)
+    new = copied(model, sharing=plan)
     for name, coding in plan.items():
-        if name in ("embedding", "head"):
-            continue
-        new.set_submodule(name, quantized_layer(model, name, coding, rounding))
+        if name not in ("embedding", "head"):
+            new.set_submodule(name, quantized_layer(model, name, coding, rounding))
     if head is not None:
         _replace_ends(new, plan["embedding"])
-    return new
+    return new.requires_grad_(False)
 
 
 def codings(
@@ -118,7 +118,7 @@ def codings(
     group: int | str = "row",
     mapping: GridMapping = affine,
     limits: Limits = extremes,
-    head: int | str | None = 8,
+    head: int | str | Coding | None = 8,
 ) -> dict[str, Coding]:
     """How `quantize`, given the same options, stores each weight it replaces, by layer name."""
     default = Coding(
@@ -130,7 +130,8 @@ def codings(
         require(name in layers, f"{name!r} is no linear layer of a block; print the model to see")
     found = {name: replace(default, bits=own) for name, own in named.items()}
     if head is not None:
-        ends = replace(default, bits=head, group="row")
+        own = isinstance(head, Coding)
+        ends = head if own else replace(default, bits=head, group="row")
         found |= {"embedding": ends, "head": ends}
     require(len(found) > 0, "no layer is named, and head is None: nothing would be quantized")
     return found

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -86,6 +87,13 @@ class Recorded:
     def interval(self, setting: str, measure: str, level: float = 0.95) -> Interval:
         """Mean over seeds (at least 2) with Student's interval for it."""
         return mean_interval(self.values(setting, measure), level)
+
+    def pooled(self, setting: str, measure: str, level: float = 0.95) -> Interval:
+        """Mean over the entries, of all seeds, of a measure that is a list: such as windows."""
+        lists = self.values(setting, measure)
+        good = all(isinstance(one, list) for one in lists)
+        require(good, f"{measure} of {setting} is one number a seed; ask for its interval")
+        return mean_interval([*chain(*lists)], level)
 
     def check(
         self, setting: str, measure: str, live: float, *, slack: float = 0.0, level: float = 0.95

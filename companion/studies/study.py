@@ -14,7 +14,7 @@ from companion.checks import require, require_known, require_whole
 from companion.fingerprint import code_fingerprint, digest
 
 FOLDER = Path(__file__).parent  # of the studies and their records
-MACHINERY = ("__init__", "__main__", "recording", "running", "study")
+MACHINERY = ("__init__", "__main__", "recording", "running", "study", "texts")
 
 Results = Mapping[str, float | list[float]]
 

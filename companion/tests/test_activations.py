@@ -5,6 +5,7 @@ import torch
 
 from companion.quantization import quantize, symmetric
 from companion.quantization.activations import (
+    FirstKept,
     IntegerLinear,
     PerTensor,
     PerToken,
@@ -109,3 +110,16 @@ def test_activations_that_are_not_finite_are_refused():
     for range_of in RANGES.values():
         with pytest.raises(ValueError, match="64 of 64 numbers are not finite"):
             IntegerLinear(eight_bits().blocks[0].mlp.up, range_of)(x)
+
+
+def test_the_first_position_can_be_spared():
+    """The first of each text as with 8-bit weights alone, the others as if it were not there."""
+    linear = eight_bits().blocks[0].mlp.up
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 50
+    spared, whole = FirstKept(linear, PerTensor()), IntegerLinear(linear, PerTensor())
+    assert torch.equal(spared(x)[:, :1], linear(x[:, :1]))
+    assert torch.equal(spared(x)[:, 1:], whole(x[:, 1:]))
+    assert torch.equal(spared(x[:, :1]), linear(x[:, :1]))
+    kinds = [type(m) for m in integer(eight_bits(), PerTensor(), layer=FirstKept).modules()]
+    assert kinds.count(FirstKept) == 14

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from companion.decoding import Cache, cache_for, choose, generate
+from companion.decoding import Cache, TokenByToken, cache_for, choose, generate
 from companion.tests.test_model import SMALL, small, some_tokens
 
 
@@ -72,3 +72,8 @@ def test_cache_bytes_are_counted():
 def test_bad_input_names_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call(small())
+
+
+def test_reading_token_by_token_says_what_reading_at_once_says():
+    model, tokens = small(), some_tokens()
+    assert torch.allclose(TokenByToken(model)(tokens), model(tokens), rtol=1e-4, atol=1e-5)

@@ -33,7 +33,7 @@ def vectors(*shape):
 
 
 @pytest.mark.parametrize(("name", "coding"), CASES)
-@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 5, 128)])
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 5, 128), (2, 9, 128)])
 def test_a_kernel_agrees_with_the_plain_layer(name, coding, shape):
     if not available(name):
         pytest.skip(f"torch has no {name} here")
@@ -62,12 +62,46 @@ def test_integer_products_are_those_of_the_plain_integers():
         pytest.skip("torch has no such kernel here")
     plain, x = linear(Coding(bits=8, mapping=symmetric)), vectors(5, 128)
     fast = kernel(plain, "Int8Products")
-    grid = PerTensor(7 if fast.seven_bits else 8)(x)
-    assert torch.allclose(fast(x), plain(grid.rounded(x)), rtol=1e-3, atol=1e-4)
+    grid = PerTensor(7 if fast.seven_bits else 8)(x[:1])
+    assert torch.allclose(fast(x[:1]), plain(grid.rounded(x[:1])), rtol=1e-3, atol=1e-4)
+    largest = x.abs().amax(1, keepdim=True)  # several vectors share the range of all their shapes
+    grid = PerTensor(7 if fast.seven_bits else 8)(x / largest)
+    expected = plain(grid.rounded(x / largest)) * largest
+    assert (fast(x) - expected).norm() < 0.004 * expected.norm()  # halves may round either way
+    assert (fast(x) - plain(x)).norm() > 0.006 * expected.norm()  # what rounding x costs
+
+
+@pytest.mark.parametrize(("name", "coding"), CASES)
+def test_many_vectors_meet_the_expanded_weight(name, coding, monkeypatch):
+    if not available(name) or name == "Int8Products":
+        pytest.skip(f"torch has no {name} here, or it never expands")
+    plain, fast = linear(coding), kernel(linear(coding), name)
+    reach = 2**-7 * plain.matrix.expand().abs().max()  # the scale's and zero's rounding to BF16
+    assert (fast.expand() - plain.matrix.expand()).abs().max() <= reach
+    monkeypatch.setattr(type(fast), "multiply", None)
+    x = vectors(fast.many, 128).to(fast.dtype)
+    expected = (x.float() @ fast.expand().T).to(fast.dtype)
+    assert torch.equal(fast(x), expected)
+    assert torch.equal(fast(x.float()), x.float() @ fast.expand().T)  # FP32 is not for the kernel
+    with pytest.raises(TypeError):
+        fast(x[1:])  # one fewer, and the kernel is asked
+
+
+def test_vectors_do_not_share_a_scale_of_integer_products():
+    """A large vector would spoil the others, as the first token of a prompt does in SmolLM2."""
+    if not available("Int8Products"):
+        pytest.skip("torch has no such kernel here")
+    plain, x = linear(Coding(bits=8, mapping=symmetric)), vectors(5, 128)
+    fast, small = kernel(plain, "Int8Products"), x[1:].clone()
+    x[0] *= 1000
+    assert (fast(x)[1:] - plain(small)).norm() < 0.03 * plain(small).norm()
+    raw = torch.ops.quantized.linear_dynamic(x, fast.packed, fast.seven_bits)
+    assert (raw[1:] - plain(small)).norm() > plain(small).norm() / 2
+    assert torch.equal(fast(torch.zeros(3, 128)), torch.zeros(3, 48))
 
 
 @pytest.mark.parametrize(("name", "expected"), [
-    ("Int4Weights", 48 * 128 // 2 + 48 * 2 * 2 * 2),
+    ("Int4Weights", 2 * 48 * 128 // 2 + 48 * 2 * 2 * 2),  # its codes, and in order
     ("Int8Weights", 48 * 128 + 48 * 2),
     ("Int8Products", 48 * 128 + 48 * 4),
 ])  # fmt: skip

@@ -16,8 +16,13 @@ from companion.measurement import (
     decode_bytes,
     measure,
     prefill,
+    products,
     reading,
 )
+from companion.quantization import quantize, symmetric
+from companion.quantization.activations import integer
+from companion.quantization.fused import fused
+from companion.quantization.kernels import available
 from companion.report import COLUMNS, Comparison, Report
 from companion.tests.test_model import small
 from companion.tests.test_quality import some_passage
@@ -54,6 +59,18 @@ def test_the_first_is_what_the_others_are_compared_with(comparison):
     assert first.agreement.estimate == 1 and other.agreement.estimate < 1
     excess = other.bits_per_byte.estimate - first.bits_per_byte.estimate
     assert other.excess.estimate == pytest.approx(excess, abs=1e-6)
+
+
+def test_a_report_says_what_multiplied():
+    model = small().float()
+    eight = quantize(model, mapping=symmetric, head=None)
+    layers = 7 * model.config.layers
+    assert products(model) == f"float32 x {layers + 1}"
+    assert products(eight) == f"expanded x {layers}, float32 x 1"
+    assert products(integer(eight)) == f"IntegerLinear x {layers}, float32 x 1"
+    if available("Int8Weights"):
+        fast = fused(quantize(model, mapping=symmetric), "Int8Weights")
+        assert products(fast) == f"Int8Weights x {4 * model.config.layers + 1}"
 
 
 def test_a_ratio_of_speeds_is_the_ratio_of_times_turned_over(comparison):

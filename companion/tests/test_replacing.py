@@ -13,6 +13,7 @@ from companion.quality import judge
 from companion.quantization import minimum, quantize, symmetric
 from companion.quantization.activations import integer
 from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from companion.quantization.replacing import Coding
 
 SMALL = {"vocab": 64, "context": 32, "layers": 2, "heads": 4, "kv_heads": 2, "width": 32,
          "hidden": 48}  # fmt: skip
@@ -67,6 +68,13 @@ def test_a_tied_head_is_stored_once_and_an_untied_one_twice():
 def test_head_and_embedding_can_be_left_alone():
     new = quantize(small(), 4, head=None)
     assert isinstance(new.head, nn.Linear) and new.head.weight is new.embedding.weight
+
+
+def test_the_head_can_have_a_coding_of_its_own():
+    coding = Coding(bits=6, group=16, mapping=symmetric)
+    new = quantize(small(), 4, group=16, mapping=minimum, head=coding)
+    assert new.head.matrix.bits == 6 and new.head.matrix.scheme.scale.shape[1] == 2
+    assert new.head.matrix.scheme.offset is None and new.blocks[0].mlp.up.matrix.bits == 4
 
 
 def test_bits_layer_by_layer():

@@ -114,6 +114,16 @@ def test_a_study_runs_once_and_is_recorded(fake):
     assert fake.log() == ALL
 
 
+def test_a_list_can_be_pooled_over_its_entries_and_seeds(fake):
+    recorded = fake.run()
+    found = recorded.pooled("twice", "curve")  # [0, 2], [1, 2], [2, 2]
+    assert found.estimate == 1.5
+    reach = 2.5706 * statistics.stdev([0, 2, 1, 2, 2, 2]) / 6**0.5  # Student, 5 degrees
+    assert found.high - found.estimate == pytest.approx(reach, rel=1e-3)
+    with pytest.raises(ValueError, match="value of twice is one number a seed"):
+        recorded.pooled("twice", "value")
+
+
 def test_ctrl_c_costs_the_running_point_only(fake):
     fake.interrupt(at="fourth")
     with pytest.raises(KeyboardInterrupt):

@@ -18,6 +18,14 @@ def test_a_copy_is_apart_and_keeps_its_tie():
     assert model.head.weight.abs().sum() > 0
 
 
+def test_what_is_about_to_be_replaced_need_not_be_copied():
+    model = small()
+    other = copied(model, sharing=["blocks.0.mlp.up", "embedding"])
+    assert other.blocks[0].mlp.up is model.blocks[0].mlp.up
+    assert other.embedding is model.embedding
+    assert other.blocks[0].mlp.down.weight is not model.blocks[0].mlp.down.weight
+
+
 def test_linears_are_the_matrices_inside_the_blocks():
     names = chosen(small(), linears)
     assert len(names) == 7 * SMALL.layers
