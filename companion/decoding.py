@@ -72,10 +72,13 @@ class Cache(Positions):
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put new keys and values (B, K, T, D) behind the old ones; views of all so far."""
-        stop = self.stop(key, value)
-        self.keys[layer, :, :, self.length : stop] = key
-        self.values[layer, :, :, self.length : stop] = value
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        self.stop(key, value)
+        return self._put(self.keys[layer], key), self._put(self.values[layer], value)
+
+    def _put(self, held: Tensor, new: Tensor) -> Tensor:
+        """New (B, K, T, D) behind what one layer holds, (B, K, C, D); a view of all so far."""
+        held.narrow(2, self.length, new.shape[2]).copy_(new)  # fewer calls than slices are
+        return held.narrow(2, 0, self.length + new.shape[2])
 
 
 def cache_for(model: LanguageModel, *, batch: int = 1, capacity: int | None = None) -> Cache:

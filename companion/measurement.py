@@ -140,15 +140,25 @@ class Speeds:
         """The timed fields of one model's report."""
         model = self.models[name]
         read, wrote = (self.races[kind].interval(name) for kind in ("prefill", "decode"))
+        if any(isinstance(module, Kernel) for module in model.modules()):
+            shares = dict.fromkeys(("flops_share", "bandwidth_share"), Interval.unknown())
+        else:
+            shares = self._shares(model, read, wrote)
+        return {
+            "first_token": read,
+            "prefill": read.map(lambda s: self.tokens.shape[1] / s),
+            "decode": wrote.map(lambda s: self.new / s),
+            **shares,
+        }
+
+    def _shares(self, model: nn.Module, read: Interval, wrote: Interval) -> dict[str, Interval]:
+        """Of the machine's peaks; unknown for kernels, whose work torch cannot count."""
         best = peaks(_device(model))
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         flops = counted_flops(model, self.tokens)
         moved = decode_bytes(model, self.tokens.shape[1]) * self.new
         share = best.flops.get(dtype)
         return {
-            "first_token": read,
-            "prefill": read.map(lambda s: self.tokens.shape[1] / s),
-            "decode": wrote.map(lambda s: self.new / s),
             "flops_share": read.map(lambda s: flops / s / share) if share else Interval.unknown(),
             "bandwidth_share": wrote.map(lambda s: moved / s / best.bandwidth),
         }

@@ -2,7 +2,9 @@
 
 import sys
 
-from companion.bench import decoding, stopwatch
+from companion.bench import decoding, quantized, stopwatch
 
 if __name__ == "__main__":
-    sys.exit(max(stopwatch.main([]), decoding.main()))
+    codes = [stopwatch.main([]), decoding.main()]
+    codes += [quantized.main(["--threads", threads]) for threads in ("1", "2")]
+    sys.exit(max(codes))

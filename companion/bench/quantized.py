@@ -2,8 +2,8 @@
 
 SmolLM2 writes 64 tokens after a prompt of 16, decode time only, in alternation: in FP32, on each of
 torch's kernels, and, where `xllamacpp` can be imported, in llama.cpp on the Q4_1 file from which
-all of them come. The 4-bit model holds the file's own codes. Then 512 tokens are read at once, and
-each model is judged, token by token as it would write, against FP32. Nothing is written.
+all of them come. The 4-bit model holds the file's own codes. Then 512 tokens are read at once. What
+each kernel costs in quality is a study, shown at the end. Nothing is written.
 
 llama.cpp is no requirement of the course: `pip install --no-deps xllamacpp` brings a built one. Its
 decode time is what it reports itself, since a call of it reads the prompt too.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,40 +21,29 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from companion import studies
 from companion.bench.decoding import as_transformers
 from companion.data import Passage
-from companion.decoding import TokenByToken
 from companion.hardware import machine_card
 from companion.measurement import decode, prefill
 from companion.memory import stored_bytes
 from companion.model import LanguageModel
 from companion.pretrained import smollm2, smollm2_tokenizer
-from companion.quality import judge
-from companion.quantization import minimum, quantize, symmetric
-from companion.quantization.fused import fused
+from companion.quantization.fused import on_kernel
 from companion.quantization.kernels import KERNELS, available
-from companion.quantization.replacing import Coding
 from companion.smollm2 import smollm2_file
 from companion.studies.texts import held_out
 from companion.timing import Race, race
 
 PROMPT, NEW, READ = 16, 64, 512
-JUDGED = 255  # tokens
+FEWEST = 6  # rounds
 OWN = "llama.cpp"
 
 
 def candidates(model: LanguageModel) -> dict[str, nn.Module]:
     """FP32, and the same model on each kernel that torch has on this processor."""
-    eight = quantize(model, 8, mapping=symmetric)
-    head = Coding(bits=8, mapping=symmetric)
-    four = quantize(model, 4, group=32, mapping=minimum, head=head)  # the file's own blocks
-    given = {"Int4Weights": four, "Int8Weights": eight, "Int8Products": eight}
-    best = "Int8Products" if available("Int8Products") else "Int8Weights"
-    usable = [name for name in KERNELS if available(name) and available(best)]
-    return {"FP32": model} | {
-        name: fused(given[name], name, head=best if name != "Int8Weights" else name)
-        for name in usable
-    }
+    usable = [name for name in KERNELS if available(name)]
+    return {"FP32": model} | {name: on_kernel(model, name) for name in usable}
 
 
 def seconds_of(call: Callable[[], object]) -> Callable[[], float]:
@@ -79,12 +69,12 @@ def llama(tokens: Tensor, new: int, threads: int) -> Callable[[], float] | None:
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(options)
     print(f"llama.cpp, xllamacpp {xllamacpp.__version__}: {xllamacpp.get_system_info()}")
-    asked = {"prompt": tokens[0].tolist(), "n_predict": new, "temperature": 0}
-    asked |= {"cache_prompt": False, "ignore_eos": True}
+    asked = {"prompt": tokens[0].tolist(), "n_predict": new + 1, "temperature": 0}  # its clock
+    asked |= {"cache_prompt": False, "ignore_eos": True}  # starts when the first one is there
 
     def call() -> float:
         timings = server.handle_completions(asked)["timings"]
-        assert timings["predicted_n"] == new and timings["prompt_n"] == tokens.shape[1]
+        assert timings["predicted_n"] == new + 1 and timings["prompt_n"] == tokens.shape[1]
         return timings["predicted_ms"] / 1e3
 
     return call
@@ -93,8 +83,9 @@ def llama(tokens: Tensor, new: int, threads: int) -> Callable[[], float] | None:
 def alternate(calls: Mapping[str, Callable[[], float]], rounds: int, threads: int) -> Race:
     """A race of calls that say themselves how many seconds they took."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     for index in range(rounds + 1):  # the first is a warm-up
-        for name in sorted(calls, key=lambda name: hash((index, name))):
+        for name in order.sample([*calls], len(calls)):
             took = calls[name]()
             if index:
                 seconds[name].append(took)
@@ -124,25 +115,14 @@ def show(title: str, watch: Race, tokens: int, against: str) -> None:
     print(f"  {watch}")
 
 
-def quality(models: Mapping[str, nn.Module]) -> None:
-    """Bytes, and perplexity against FP32 when read token by token."""
-    one = held_out(smollm2_tokenizer(), kind="prose", seed=1, windows=2, length=JUDGED)
-    found = judge(one, {name: TokenByToken(model) for name, model in models.items()})
-    first = found["FP32"]
-    print(f"\nheld-out prose, {len(one.tokens)} tokens, one at a time")
-    for name, own in found.items():
-        more = (own.losses - first.losses) / first.tokens
-        perplexity = f"{own.perplexity().estimate:.2f}"
-        apart = f"{100 * (more.mean().exp() - 1):+.2f} %"
-        print(f"  {name:<22}{stored_bytes(models[name]) / 1e6:7.1f} MB  {perplexity}  {apart}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables; always 0."""
     parser = argparse.ArgumentParser(description="Time SmolLM2 in fewer bits.")
     parser.add_argument("--threads", type=int, default=1, choices=(1, 2, 4, 8))
     parser.add_argument("--rounds", type=int, default=10)
     given = parser.parse_args(arguments)
+    if given.rounds < FEWEST:
+        parser.error(f"{given.rounds} rounds are too few for an interval; {FEWEST} are needed")
     torch.set_num_threads(given.threads)
     model = smollm2()
     models, tokens = candidates(model), text().tokens[None]
@@ -158,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
          "transformers")  # fmt: skip
     reads = {name: prefill(one, tokens[:, :READ]) for name, one in models.items()}
     show(f"reading {READ} tokens", race(**timed, **reads), READ, "FP32")
-    quality(models)
-    print(f"\n{machine_card()}")
+    sizes = {name: f"{stored_bytes(one) / 1e6:.0f} MB" for name, one in models.items()}
+    print(f"\nstored: {sizes}\n{studies.load('kernels')}\n{machine_card()}")
     return 0
 
 

@@ -25,9 +25,10 @@ from torch.nn.functional import silu
 
 from companion.checks import require
 from companion.model import Block, KeyValueCache, LanguageModel, RMSNorm, attend
-from companion.quantization.grids import Grid
-from companion.quantization.kernels import available, kernel
+from companion.quantization.grids import Grid, minimum, symmetric
+from companion.quantization.kernels import available, kernel, products_bits
 from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
+from companion.quantization.replacing import Coding, quantize
 from companion.surgery import chosen, copied
 
 
@@ -133,7 +134,8 @@ class FusedModel(nn.Module):
             x = block(x, cos, sin, layer, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self.head(self.norm(x, getattr(self.head, "dtype", dtype)))
+        few = tokens.numel() < getattr(self.head, "many", math.inf)
+        return self.head(self.norm(x, getattr(self.head, "dtype", dtype) if few else dtype))
 
 
 def fused(model: LanguageModel, name: str, *, head: str = "Int8Weights") -> FusedModel:
@@ -152,3 +154,18 @@ def fused(model: LanguageModel, name: str, *, head: str = "Int8Weights") -> Fuse
     for one in (name, head):
         require(available(one), f"torch has no kernel {one} on this processor; use the plain model")
     return FusedModel(model, name, head)
+
+
+def on_kernel(model: LanguageModel, name: str) -> FusedModel:
+    """A plain model quantized in the bits that suit a kernel on this processor, and `fused` for it.
+
+    Four bits are on a grid with a free minimum in groups of 32, as in SmolLM2's file. Raises
+    ValueError as `quantize` and `fused` do.
+    """
+    four = name == "Int4Weights"
+    ends = name if not four else "Int8Products" if available("Int8Products") else "Int8Weights"
+    bits = products_bits() if ends == "Int8Products" else 8
+    if not four:
+        return fused(quantize(model, bits, mapping=symmetric, head=bits), name, head=ends)
+    head = Coding(bits=bits, mapping=symmetric)
+    return fused(quantize(model, 4, group=32, mapping=minimum, head=head), name, head=ends)

@@ -2,16 +2,16 @@
 
     Int4Weights    4-bit codes and BF16 vectors: under a third of BF16's bytes are read
     Int8Weights    8-bit codes and BF16 vectors
-    Int8Products   8-bit codes and 8-bit vectors, one dynamic scale a call: integer arithmetic
+    Int8Products   8-bit codes and 8-bit vectors: integer arithmetic; 7-bit codes without VNNI
 
 Each is made from a `QuantizedMatrix` and computes with the same codes. The first two round scales
-and vectors to BF16, the third rounds vectors to 7 or 8 bits; their tests say how far that goes.
+and vectors to BF16, the third rounds vectors to 8 bits; their tests say how far that goes.
 Where torch lacks a kernel, `kernel` returns the plain layer.
 
 They are made for few vectors, when reading the weight is the wait. Many vectors share the reading,
 and then the first two had better expand their weight once and multiply in FP32; `many` says when.
-The third stays ahead with many vectors; each is first divided by its own largest number, since one
-large vector would spoil a range that all share.
+The third stays ahead with many vectors; each is first rounded on a grid of its own, since one large
+vector would spoil a range that all share.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from companion.checks import require, require_known
-from companion.quantization.grids import Grid
+from companion.quantization.grids import Grid, affine
 from companion.quantization.layers import QuantizedLinear, QuantizedMatrix
 from companion.quantization.packing import unpack
 
@@ -49,7 +49,7 @@ class Kernel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Vectors (..., I) to (..., O), in the type they came in."""
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         if x.dtype == self.dtype and len(rows) < self.many:
             y = self.multiply(rows)
         else:
@@ -67,7 +67,7 @@ class Int4Weights(Kernel):
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
         super().__init__()
-        scheme = _grid(matrix, bits=4)
+        scheme = _grid(matrix, 4)
         outputs, self.group = matrix.shape[0], matrix.inputs // scheme.scale.shape[1]
         shapes = f"{outputs} rows in groups of {self.group}"
         fits = outputs % ROWS == 0 and self.group in GROUPS and len(scheme.scale) == outputs
@@ -110,10 +110,10 @@ class Int8Weights(Kernel):
 
 
 class Int8Products(Kernel):
-    """`quantized.linear_dynamic`: FP32 in and out, integers between, one range for the whole call.
+    """`quantized.linear_dynamic`: FP32 in and out, integers between, a range for each vector.
 
-    Without VNNI instructions the kernel adds pairs of products in 16 bits, which overflow unless
-    the vectors keep to 7 bits.
+    Without VNNI instructions the kernel adds pairs of products in 16 bits. They overflow unless
+    either the weights or the vectors keep to 7 bits; better the weights, which lose far less.
     """
 
     dtype, many = torch.float32, math.inf
@@ -126,14 +126,18 @@ class Int8Products(Kernel):
             warnings.simplefilter("ignore", UserWarning)
             weight = torch._make_per_channel_quantized_tensor(matrix.unpacked(), scale, zeros, 0)
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
-        self.seven_bits = not torch.cpu.get_capabilities().get("avx512_vnni", False)
+        self.register_buffer("sums", matrix.expand().sum(1), persistent=False)  # of rows
+        self.seven_bits = matrix.bits == 8 and products_bits() == 7  # of vectors
 
     def multiply(self, x: Tensor) -> Tensor:
         if len(x) == 1:  # its range is its own as it is
             return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
-        largest = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-        y = torch.ops.quantized.linear_dynamic(x / largest, self.packed, self.seven_bits)
-        return y.mul_(largest)
+        grid = affine(*x.aminmax(dim=1, keepdim=True), 7 if self.seven_bits else 8)
+        codes = grid.codes(x).to(
+            x.dtype
+        )  # whole numbers, which torch's grid then holds as they are
+        y = torch.ops.quantized.linear_dynamic(codes, self.packed, self.seven_bits)
+        return y.addcmul_(grid.zero, self.sums, value=-1).mul_(grid.scale)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """Show the packed codes among the tensors, so that their bytes are counted."""
@@ -142,17 +146,25 @@ class Int8Products(Kernel):
         destination[f"{prefix}scale"] = weight.q_per_channel_scales().float()
 
 
+def products_bits() -> int:
+    """Bits for weights of `Int8Products` on this processor, so that vectors may have 8."""
+    return 8 if torch.cpu.get_capabilities().get("avx512_vnni", False) else 7
+
+
 KERNELS = {kind.__name__: kind for kind in (Int4Weights, Int8Weights, Int8Products)}
 
 
-def _grid(matrix: QuantizedMatrix, bits: int) -> Grid:
-    good = matrix.kind is Grid and matrix.bits == bits and matrix.columns is None
-    require(good, f"the kernel needs {bits}-bit codes on a grid and no scaled columns")
+def _grid(matrix: QuantizedMatrix, *bits: int) -> Grid:
+    good = matrix.kind is Grid and matrix.bits in bits and matrix.columns is None
+    where = matrix.codes.device.type
+    require(where == "cpu", f"the kernel runs on the processor, and the codes are on {where}")
+    wanted = " or ".join(map(str, bits))
+    require(good, f"the kernel needs {wanted}-bit codes on a grid and no scaled columns")
     return matrix.scheme
 
 
 def _rows(matrix: QuantizedMatrix) -> Grid:
-    scheme = _grid(matrix, bits=8)
+    scheme = _grid(matrix, 7, 8)
     require(
         matrix.symmetric_rows,
         'the kernel needs a symmetric grid a row: group="row", mapping=symmetric',
@@ -165,7 +177,7 @@ def available(name: str) -> bool:
     """Whether this torch computes with the kernel on this processor, found by trying it once."""
     require_known("kernel", name, KERNELS)
     bits = 4 if name == "Int4Weights" else 8
-    codes = torch.arange(32 * 32).view(32, 1, 32) * 7 % 15 - 7  # no two rows or columns alike
+    codes = torch.arange(32 * 32).view(32, 1, 32) * 7 % 15 - 7
     matrix = QuantizedMatrix(codes.to(torch.int8), Grid(bits, torch.ones(32, 1, 1)), 32)
     try:
         kernel = KERNELS[name](matrix)

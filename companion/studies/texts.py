@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from companion.checks import require
@@ -61,10 +60,3 @@ def first_tokens(text: Passage, windows: int = 1) -> Passage:
     """The first windows of a passage alone."""
     stop = windows * text.window
     return replace(text, tokens=text.tokens[:stop], byte_counts=text.byte_counts[:stop])
-
-
-def shared_runs(one: Tensor, other: Tensor, length: int = 13) -> float:
-    """Share of the runs of `length` tokens in `one` (N,) that `other` (M,) holds too."""
-    known = {tuple(run) for run in other.unfold(0, length, 1).tolist()}
-    runs = one.unfold(0, length, 1)
-    return torch.tensor([tuple(run) in known for run in runs.tolist()]).float().mean().item()

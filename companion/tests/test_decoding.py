@@ -76,4 +76,9 @@ def test_bad_input_names_the_value(call, message):
 
 def test_reading_token_by_token_says_what_reading_at_once_says():
     model, tokens = small(), some_tokens()
-    assert torch.allclose(TokenByToken(model)(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+    expected, shapes = model(tokens), []
+    hook = model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    found = TokenByToken(model)(tokens)
+    hook.remove()
+    assert shapes == [(len(tokens), 1)] * tokens.shape[1]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)

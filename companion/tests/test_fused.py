@@ -5,7 +5,7 @@ import torch
 
 from companion.decoding import cache_for, generate
 from companion.quantization import affine, minimum, quantize, symmetric
-from companion.quantization.fused import fused, joined
+from companion.quantization.fused import fused, joined, on_kernel
 from companion.quantization.kernels import available
 from companion.quantization.layers import QuantizedLinear
 from companion.tests.test_replacing import small, tokens
@@ -60,6 +60,21 @@ def test_kernels_stay_near(name, options):
     assert generate(new, text[:, :4], 5).shape == (2, 9)
 
 
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_long_and_short_readings_follow_each_other(name, options):
+    """Three tokens, then more than a kernel takes, then one: as the readable model reads them."""
+    if not available(name):
+        pytest.skip(f"torch has no {name} here")
+    model = quantized(**options)
+    new, text = fused(model, name), tokens(2, 30)
+    cache, parts = cache_for(new, batch=2), []
+    for part in (text[:, :3], text[:, 3:20], text[:, 20:21], text[:, 21:]):
+        parts.append(new(part, cache).float())
+    expected, found = model(text), torch.cat(parts, dim=1)
+    assert (found - expected).norm() < 0.08 * expected.norm()
+    assert new(text).dtype == torch.float32  # many positions at once
+
+
 def test_the_model_given_survives():
     model = quantized()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -76,6 +91,18 @@ def test_joined_layers_give_their_outputs_one_after_another():
     both = joined([mlp.gate, mlp.up])
     assert isinstance(both, QuantizedLinear)
     assert torch.allclose(both(x), torch.cat([mlp.gate(x), mlp.up(x)], dim=-1), atol=1e-6)
+
+
+def test_a_plain_model_can_be_put_on_a_kernel_at_once(monkeypatch):
+    plain_kernels(monkeypatch)
+    for name, bits, ends in (("Int4Weights", 4, 7), ("Int8Weights", 8, 8), ("Int8Products", 7, 7)):
+        monkeypatch.setattr("companion.quantization.fused.products_bits", lambda: 7)
+        new = on_kernel(small(**WIDE), name)
+        assert new.blocks[0].down.matrix.bits == bits and new.head.matrix.bits == ends
+    monkeypatch.setattr(
+        "companion.quantization.fused.available", lambda name: name != "Int8Products"
+    )
+    assert on_kernel(small(**WIDE), "Int4Weights").head.matrix.bits == 8
 
 
 def test_what_cannot_be_fused_is_refused(monkeypatch):

@@ -73,6 +73,15 @@ def test_a_report_says_what_multiplied():
         assert products(fast) == f"Int8Weights x {4 * model.config.layers + 1}"
 
 
+def test_shares_of_the_peak_are_not_guessed_for_kernels():
+    if not available("Int8Weights"):
+        pytest.skip("torch has no such kernel here")
+    fast = fused(quantize(small().float(), mapping=symmetric), "Int8Weights")
+    columns = ["decode", "bandwidth_share", "flops_share"]
+    report = measure(fast, some_passage(), columns=columns, prompt=16, new=4, rounds=6)
+    assert not report.bandwidth_share.known and not report.flops_share.known
+
+
 def test_a_ratio_of_speeds_is_the_ratio_of_times_turned_over(comparison):
     race = comparison.races["decode"]
     ratio = comparison.ratio("decode", "wide", "small")

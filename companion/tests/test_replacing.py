@@ -24,8 +24,8 @@ def small(**changes):
     return LanguageModel(ModelConfig(**SMALL | changes)).eval()
 
 
-def tokens():
-    return torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(1))
+def tokens(batch=2, length=20):
+    return torch.randint(64, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def weights(model):

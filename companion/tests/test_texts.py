@@ -7,7 +7,7 @@ from companion.data import documents
 from companion.pretrained import tiny, tiny_tokenizer
 from companion.quality import judge
 from companion.quantization import quantize
-from companion.studies.texts import calibration, excess, first_tokens, held_out, shared_runs
+from companion.studies.texts import calibration, excess, first_tokens, held_out
 
 OPTIONS = {"kind": "prose", "windows": 2, "length": 100}
 
@@ -30,6 +30,8 @@ def test_calibration_reads_training_text():
     windows = calibration(tiny_tokenizer(), seed=3, **OPTIONS)
     assert [w.shape for w in windows] == [(1, 100)] * 2
     assert not torch.equal(*windows)
+    other = calibration(tiny_tokenizer(), seed=4, **OPTIONS)
+    assert not any(torch.equal(a, b) for a in windows for b in other)
     again = calibration(tiny_tokenizer(), seed=3, **OPTIONS)
     assert all(torch.equal(a, b) for a, b in zip(windows, again, strict=True))
 
@@ -42,6 +44,13 @@ def test_excess_is_paired_window_by_window():
     assert more["first window"] == pytest.approx(excess(alone["two"], alone["plain"])["nats"])
     assert more["nats"] == pytest.approx(sum(more["windows"]) / 2, abs=1e-4)  # windows are alike
     assert excess(found["plain"], found["plain"])["nats"] == 0
+
+
+def shared_runs(one, other, length=13):
+    """Share of the runs of `length` tokens in `one` that `other` holds too."""
+    known = {tuple(run) for run in other.unfold(0, length, 1).tolist()}
+    runs = one.unfold(0, length, 1).tolist()
+    return sum(tuple(run) in known for run in runs) / len(runs)
 
 
 def test_calibration_and_judging_share_few_runs_of_tokens():
