@@ -26,7 +26,7 @@ from torch.nn.functional import silu
 from companion.checks import require
 from companion.model import Block, KeyValueCache, LanguageModel, RMSNorm, attend
 from companion.quantization.grids import Grid, minimum, symmetric
-from companion.quantization.kernels import available, kernel, products_bits
+from companion.quantization.kernels import available, kernel, product_grid
 from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
 from companion.quantization.replacing import Coding, quantize
 from companion.surgery import chosen, copied
@@ -164,8 +164,7 @@ def on_kernel(model: LanguageModel, name: str) -> FusedModel:
     """
     four = name == "Int4Weights"
     ends = name if not four else "Int8Products" if available("Int8Products") else "Int8Weights"
-    bits = products_bits() if ends == "Int8Products" else 8
+    rows = Coding(bits=8, mapping=product_grid if ends == "Int8Products" else symmetric)
     if not four:
-        return fused(quantize(model, bits, mapping=symmetric, head=bits), name, head=ends)
-    head = Coding(bits=bits, mapping=symmetric)
-    return fused(quantize(model, 4, group=32, mapping=minimum, head=head), name, head=ends)
+        return fused(quantize(model, 8, mapping=rows.mapping, head=rows), name, head=ends)
+    return fused(quantize(model, 4, group=32, mapping=minimum, head=rows), name, head=ends)

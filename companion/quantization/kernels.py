@@ -2,7 +2,7 @@
 
     Int4Weights    4-bit codes and BF16 vectors: under a third of BF16's bytes are read
     Int8Weights    8-bit codes and BF16 vectors
-    Int8Products   8-bit codes and 8-bit vectors: integer arithmetic; 7-bit codes without VNNI
+    Int8Products   8-bit codes and 8-bit vectors: integer arithmetic (see `product_grid`)
 
 Each is made from a `QuantizedMatrix` and computes with the same codes. The first two round scales
 and vectors to BF16, the third rounds vectors to 8 bits; their tests say how far that goes.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from companion.checks import require, require_known
-from companion.quantization.grids import Grid, affine
+from companion.quantization.grids import Grid, affine, symmetric
 from companion.quantization.layers import QuantizedLinear, QuantizedMatrix
 from companion.quantization.packing import unpack
 
@@ -113,7 +114,7 @@ class Int8Products(Kernel):
     """`quantized.linear_dynamic`: FP32 in and out, integers between, a range for each vector.
 
     Without VNNI instructions the kernel adds pairs of products in 16 bits. They overflow unless
-    either the weights or the vectors keep to 7 bits; better the weights, which lose far less.
+    either the weights or the vectors keep to 7 bits; better the weights, on a `product_grid`.
     """
 
     dtype, many = torch.float32, math.inf
@@ -127,7 +128,8 @@ class Int8Products(Kernel):
             weight = torch._make_per_channel_quantized_tensor(matrix.unpacked(), scale, zeros, 0)
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
         self.register_buffer("sums", matrix.expand().sum(1), persistent=False)  # of rows
-        self.seven_bits = matrix.bits == 8 and products_bits() == 7  # of vectors
+        large = matrix.unpacked().abs().amax() > 63
+        self.seven_bits = bool(large) and products_bits() == 7  # of vectors
 
     def multiply(self, x: Tensor) -> Tensor:
         if len(x) == 1:  # its range is its own as it is
@@ -151,20 +153,24 @@ def products_bits() -> int:
     return 8 if torch.cpu.get_capabilities().get("avx512_vnni", False) else 7
 
 
+def product_grid(low: Tensor, high: Tensor, bits: int) -> Grid:
+    """`symmetric` for weights of `Int8Products`: where 7 bits are needed, stored as 8."""
+    return replace(symmetric(low, high, bits - 8 + products_bits()), bits=bits)
+
+
 KERNELS = {kind.__name__: kind for kind in (Int4Weights, Int8Weights, Int8Products)}
 
 
-def _grid(matrix: QuantizedMatrix, *bits: int) -> Grid:
-    good = matrix.kind is Grid and matrix.bits in bits and matrix.columns is None
+def _grid(matrix: QuantizedMatrix, bits: int) -> Grid:
+    good = matrix.kind is Grid and matrix.bits == bits and matrix.columns is None
     where = matrix.codes.device.type
     require(where == "cpu", f"the kernel runs on the processor, and the codes are on {where}")
-    wanted = " or ".join(map(str, bits))
-    require(good, f"the kernel needs {wanted}-bit codes on a grid and no scaled columns")
+    require(good, f"the kernel needs {bits}-bit codes on a grid and no scaled columns")
     return matrix.scheme
 
 
 def _rows(matrix: QuantizedMatrix) -> Grid:
-    scheme = _grid(matrix, 7, 8)
+    scheme = _grid(matrix, 8)
     require(
         matrix.symmetric_rows,
         'the kernel needs a symmetric grid a row: group="row", mapping=symmetric',

@@ -6,7 +6,7 @@ import torch
 from companion.decoding import cache_for, generate
 from companion.quantization import affine, minimum, quantize, symmetric
 from companion.quantization.fused import fused, joined, on_kernel
-from companion.quantization.kernels import available
+from companion.quantization.kernels import KERNELS, available
 from companion.quantization.layers import QuantizedLinear
 from companion.tests.test_replacing import small, tokens
 
@@ -95,14 +95,15 @@ def test_joined_layers_give_their_outputs_one_after_another():
 
 def test_a_plain_model_can_be_put_on_a_kernel_at_once(monkeypatch):
     plain_kernels(monkeypatch)
-    for name, bits, ends in (("Int4Weights", 4, 7), ("Int8Weights", 8, 8), ("Int8Products", 7, 7)):
-        monkeypatch.setattr("companion.quantization.fused.products_bits", lambda: 7)
+    monkeypatch.setattr("companion.quantization.kernels.products_bits", lambda: 7)
+    most = {}
+    for name in KERNELS:
         new = on_kernel(small(**WIDE), name)
-        assert new.blocks[0].down.matrix.bits == bits and new.head.matrix.bits == ends
-    monkeypatch.setattr(
-        "companion.quantization.fused.available", lambda name: name != "Int8Products"
-    )
-    assert on_kernel(small(**WIDE), "Int4Weights").head.matrix.bits == 8
+        both = (new.blocks[0].down, new.head)
+        most[name] = [layer.matrix.unpacked().abs().max().item() for layer in both]
+    assert most == {"Int4Weights": [8, 63], "Int8Weights": [127, 127], "Int8Products": [63, 63]}
+    monkeypatch.setattr("companion.quantization.fused.available", lambda n: n != "Int8Products")
+    assert on_kernel(small(**WIDE), "Int4Weights").head.matrix.unpacked().abs().max() == 127
 
 
 def test_what_cannot_be_fused_is_refused(monkeypatch):

@@ -1,7 +1,6 @@
 """Kernels compute with the codes they are given, as far as their number formats reach."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,15 @@ from torch import nn
 from companion.memory import stored_bytes
 from companion.quantization import affine, kernels, minimum, symmetric
 from companion.quantization.activations import IntegerLinear, PerTensor, PerToken
-from companion.quantization.kernels import KERNELS, Int4Weights, Int8Products, available, kernel
+from companion.quantization.kernels import (
+    KERNELS,
+    Int4Weights,
+    Int8Products,
+    available,
+    kernel,
+    product_grid,
+    products_bits,
+)
 from companion.quantization.layers import QuantizedLinear, QuantizedMatrix
 from companion.quantization.replacing import Coding, nearest
 
@@ -18,7 +25,7 @@ CODINGS = {
     "Int4Weights": [Coding(bits=4, group=g, mapping=m) for g in (32, 64) for m in (affine, minimum,
                                                                                  symmetric)],
     "Int8Weights": [Coding(bits=8, mapping=symmetric)],
-    "Int8Products": [Coding(bits=8, mapping=symmetric), Coding(bits=7, mapping=symmetric)],
+    "Int8Products": [Coding(bits=8, mapping=symmetric), Coding(bits=8, mapping=product_grid)],
 }  # fmt: skip
 CASES = [(name, coding) for name, codings in CODINGS.items() for coding in codings]
 
@@ -70,12 +77,12 @@ def test_integer_products_are_those_of_the_plain_integers():
     assert not torch.allclose(fast(x), plain(x), rtol=1e-3, atol=1e-3)  # what rounding x costs
 
 
-@pytest.mark.parametrize("bits", [7, 8])
-def test_a_vector_with_one_spike_is_rounded_as_the_readable_layer_does(bits):
+@pytest.mark.parametrize("mapping", [symmetric, product_grid])
+def test_a_vector_with_one_spike_is_rounded_as_the_readable_layer_does(mapping):
     """As the first position of SmolLM2: one number ten thousand times as large as the others."""
     if not available("Int8Products"):
         pytest.skip("torch has no such kernel here")
-    plain, x = linear(Coding(bits=bits, mapping=symmetric)), vectors(5, 128)
+    plain, x = linear(Coding(bits=8, mapping=mapping)), vectors(5, 128)
     x[0, 3] *= 10_000
     fast = kernel(plain, "Int8Products")
     expected = IntegerLinear(plain, PerToken(7 if fast.seven_bits else 8))(x)
@@ -160,7 +167,7 @@ def test_a_kernel_that_fails_is_not_available(monkeypatch):
     ("Int4Weights", Coding(bits=4, group="tensor"), "do not suit the kernel"),
     ("Int8Weights", Coding(bits=8), "a symmetric grid a row"),
     ("Int8Products", Coding(bits=8, group=32, mapping=symmetric), "a symmetric grid a row"),
-    ("Int8Products", Coding(bits="nf4", group=32), "7 or 8-bit codes on a grid"),
+    ("Int8Products", Coding(bits="nf4", group=32), "8-bit codes on a grid"),
 ])  # fmt: skip
 def test_codes_that_a_kernel_cannot_read_are_refused(name, coding, message):
     with pytest.raises(ValueError, match=message):
@@ -187,9 +194,10 @@ def test_seven_bits_of_weights_leave_eight_to_the_vectors():
     """The same, with 7-bit weights at their largest: no overflow, and vectors lose half as much."""
     if not available("Int8Products"):
         pytest.skip("torch has no such kernel here")
-    plain, x = linear(Coding(bits=7, mapping=symmetric)), vectors(1, 128)
-    largest = QuantizedMatrix(torch.full((48, 1, 128), 63, dtype=torch.int8),
-                              replace(plain.matrix.scheme), 128)  # fmt: skip
+    plain, x = linear(Coding(bits=8, mapping=product_grid)), vectors(1, 128)
+    most = 63 if products_bits() == 7 else 127
+    codes = torch.full((48, 1, 128), most, dtype=torch.int8)
+    largest = QuantizedMatrix(codes, plain.matrix.scheme, 128)
     ones = torch.ones(1, 128)
     assert torch.allclose(Int8Products(largest)(ones), QuantizedLinear(largest)(ones), rtol=1e-2)
     fast = kernel(plain, "Int8Products")
