@@ -7,9 +7,10 @@ from html import unescape
 import pytest
 from ipywidgets import embed
 
-from companion import cost, explorers
+from companion import cost
 from companion.catalogue import BYTES, DEVICES, MODELS
-from companion.explorers import OWN, POWERS, SLIDERS, shape_explorer
+from companion.explorers import shapes as explorers
+from companion.explorers.shapes import OWN, POWERS, SLIDERS, shape_explorer
 from companion.hardware import Peaks
 from companion.pretraining import Recipe
 from companion.roofline import Device

@@ -1,12 +1,7 @@
-"""Explorers: sliders over functions that already exist.
-
-Each shows its default state when no kernel runs behind it. Where the sliders ask for what cannot
-be, the function's own message stands in place of the result.
-"""
+"""Any shape of model on any device: parameters, memory and roofline times."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 
 import ipywidgets as widgets
@@ -15,12 +10,11 @@ import torch
 from companion.catalogue import BYTES, DEVICES, MODELS
 from companion.checks import require_known
 from companion.cost import OPTIMIZERS
+from companion.explorers.choices import LOOK, choice, shown
 from companion.hardware import best_device, peaks, physical_memory
 from companion.model import ModelConfig
 from companion.roofline import Device
 from companion.shapes import ShapeCosts, shape_table
-
-__all__ = ["ShapeExplorer", "shape_explorer", "this_machine"]
 
 OWN = "your own"
 SLIDERS = {  # highest value and step; every preset lies on a step
@@ -62,10 +56,7 @@ class ShapeExplorer(widgets.VBox):
         return shape_table(self.config(), self.devices[self.controls["device"].value], **settings)
 
     def _show(self) -> None:
-        try:
-            self.result.value = self.costs()._repr_html_()
-        except ValueError as problem:
-            self.result.value = f'<p role="alert">Not possible: {html.escape(str(problem))}</p>'
+        self.result.value = shown(lambda: self.costs()._repr_html_())
 
     def _chosen(self, change: dict) -> None:
         """A preset was chosen: move the sliders to it."""
@@ -123,17 +114,13 @@ def _shape_of(config: ModelConfig) -> dict:
 
 def _controls(devices: Mapping[str, Device], model: str, dtype: str) -> dict[str, widgets.Widget]:
     require_known("number format", dtype, BYTES)
-    look = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="20em")}
-
-    def choice(name: str, options: list, value: object) -> widgets.Dropdown:
-        return widgets.Dropdown(description=name, options=options, value=value, **look)
 
     def power(name: str, value: int) -> widgets.SelectionSlider:
-        return widgets.SelectionSlider(description=name, options=POWERS, value=value, **look)
+        return widgets.SelectionSlider(description=name, options=POWERS, value=value, **LOOK)
 
     def slider(name: str, high: int, step: int) -> widgets.IntSlider:
         late = {"continuous_update": False}
-        return widgets.IntSlider(description=name, min=step, max=high, step=step, **late, **look)
+        return widgets.IntSlider(description=name, min=step, max=high, step=step, **late, **LOOK)
 
     return {
         "model": choice("model", [*MODELS, OWN], model),
@@ -143,5 +130,5 @@ def _controls(devices: Mapping[str, Device], model: str, dtype: str) -> dict[str
         "positions": power("positions", 512),
         "batch": power("batch", 1),
         **{name: slider(name, *limits) for name, limits in SLIDERS.items()},
-        "tied": widgets.Checkbox(description="tied head", value=True, indent=True, **look),
+        "tied": widgets.Checkbox(description="tied head", value=True, indent=True, **LOOK),
     }

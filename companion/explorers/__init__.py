@@ -1,0 +1,18 @@
+"""Explorers: sliders over functions that already exist.
+
+Each shows its default state when no kernel runs behind it. Where the sliders ask for what cannot
+be, the function's own message stands in place of the result.
+"""
+
+from companion.explorers.bits import bits_explorer, bits_figure
+from companion.explorers.rounding import rounding_explorer, rounding_figure
+from companion.explorers.shapes import shape_explorer, this_machine
+
+__all__ = [
+    "bits_explorer",
+    "bits_figure",
+    "rounding_explorer",
+    "rounding_figure",
+    "shape_explorer",
+    "this_machine",
+]
