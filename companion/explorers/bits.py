@@ -44,7 +44,7 @@ def bits_figure(
     return plots.lines(
         series,
         x_label="stored model (MB)",
-        y_label="loss through rounding (nats per token)",
+        y_label="loss (nats per token)",
         log_y=True,
         title=f"{model}: {', '.join(map(str, BITS))} bits, from right to left",
     )
