@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +69,8 @@ def _renamed(model: LanguageModel) -> dict[str, Tensor]:
     return weights
 
 
-def compare_with_transformers(rounds: int = ROUNDS, new: int = NEW) -> Race:
-    """Race both; raises AssertionError if they write different tokens."""
-    model, prompt = smollm2(), torch.tensor([smollm2_tokenizer().encode(PROMPT)])
+def continued(model: LanguageModel, prompt: Tensor, new: int) -> Callable[[], Tensor]:
+    """A call of `transformers`' greedy generate on the same weights: ids (B, T + new)."""
     peer = as_transformers(model)
     options = {
         "attention_mask": torch.ones_like(prompt),
@@ -79,9 +79,15 @@ def compare_with_transformers(rounds: int = ROUNDS, new: int = NEW) -> Race:
         "eos_token_id": None,
         "pad_token_id": 0,
     }
+    return lambda: peer.generate(prompt, **options)
+
+
+def compare_with_transformers(rounds: int = ROUNDS, new: int = NEW) -> Race:
+    """Race both; raises AssertionError if they write different tokens."""
+    model, prompt = smollm2(), torch.tensor([smollm2_tokenizer().encode(PROMPT)])
     calls = {
         "companion": lambda: generate(model, prompt, new),
-        "transformers": lambda: peer.generate(prompt, **options),
+        "transformers": continued(model, prompt, new),
     }
     ours, theirs = (call() for call in calls.values())
     assert torch.equal(ours, theirs), "the two write different tokens"

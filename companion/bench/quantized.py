@@ -12,18 +12,16 @@ decode time is what it reports itself, since a call of it reads the prompt too.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from companion import studies
-from companion.bench.decoding import as_transformers
-from companion.data import Passage
+from companion.bench.decoding import continued
 from companion.hardware import machine_card
 from companion.measurement import decode, prefill
 from companion.memory import stored_bytes
@@ -33,7 +31,7 @@ from companion.quantization.fused import on_kernel
 from companion.quantization.kernels import KERNELS, available
 from companion.smollm2 import smollm2_file
 from companion.studies.texts import held_out
-from companion.timing import Race, race
+from companion.timing import Race, once, race
 
 PROMPT, NEW, READ = 16, 64, 512
 FEWEST = 6  # rounds
@@ -44,17 +42,6 @@ def candidates(model: LanguageModel) -> dict[str, nn.Module]:
     """FP32, and the same model on each kernel that torch has on this processor."""
     usable = [name for name in KERNELS if available(name)]
     return {"FP32": model} | {name: on_kernel(model, name) for name in usable}
-
-
-def seconds_of(call: Callable[[], object]) -> Callable[[], float]:
-    """The call, timed from outside."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return timed
 
 
 def llama(tokens: Tensor, new: int, threads: int) -> Callable[[], float] | None:
@@ -92,20 +79,6 @@ def alternate(calls: Mapping[str, Callable[[], float]], rounds: int, threads: in
     return Race({name: tuple(times) for name, times in seconds.items()}, threads, rounds)
 
 
-def transformers_decode(model: LanguageModel, tokens: Tensor, new: int) -> Callable[[], Tensor]:
-    """A call of `transformers`' generate, which reads the prompt too."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    peer = as_transformers(model)
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    options |= {"min_new_tokens": new, "max_new_tokens": new}
-    return lambda: peer.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
-
-
-def text() -> Passage:
-    """Held-out prose."""
-    return held_out(smollm2_tokenizer(), kind="prose", seed=0, windows=2, length=READ)
-
-
 def show(title: str, watch: Race, tokens: int, against: str) -> None:
     """Tokens a second, and how many times as fast as one of them."""
     print(f"\n{title}")
@@ -125,18 +98,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{given.rounds} rounds are too few for an interval; {FEWEST} are needed")
     torch.set_num_threads(given.threads)
     model = smollm2()
-    models, tokens = candidates(model), text().tokens[None]
+    text = held_out(smollm2_tokenizer(), kind="prose", seed=0, windows=1, length=READ)
+    models, tokens = candidates(model), text.tokens[None]
     prompt = tokens[:, :PROMPT]
     timed = {"rounds": given.rounds, "threads": given.threads}
     calls = {name: decode(one, prompt, NEW) for name, one in models.items()}
     peer = llama(prompt, NEW, given.threads)
-    writing = {name: seconds_of(call) for name, call in calls.items()}
+    writing = {name: partial(once, call, given.threads) for name, call in calls.items()}
     watch = alternate(writing | ({OWN: peer} if peer else {}), given.rounds, given.threads)
     show(f"writing {NEW} tokens after {PROMPT}", watch, NEW, OWN if peer else "FP32")
-    whole = {"transformers": transformers_decode(model, prompt, NEW)}
+    whole = {"transformers": continued(model, prompt, NEW)}
     show("the same, transformers reading its prompt too", race(**timed, **calls, **whole), NEW,
          "transformers")  # fmt: skip
-    reads = {name: prefill(one, tokens[:, :READ]) for name, one in models.items()}
+    reads = {name: prefill(one, tokens) for name, one in models.items()}
     show(f"reading {READ} tokens", race(**timed, **reads), READ, "FP32")
     sizes = {name: f"{stored_bytes(one) / 1e6:.0f} MB" for name, one in models.items()}
     print(f"\nstored: {sizes}\n{studies.load('kernels')}\n{machine_card()}")

@@ -135,9 +135,8 @@ class Int8Products(Kernel):
         if len(x) == 1:  # its range is its own as it is
             return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
         grid = affine(*x.aminmax(dim=1, keepdim=True), 7 if self.seven_bits else 8)
-        codes = grid.codes(x).to(
-            x.dtype
-        )  # whole numbers, which torch's grid then holds as they are
+        # Whole numbers: torch's own grid then holds them as they are
+        codes = grid.codes(x).to(x.dtype)
         y = torch.ops.quantized.linear_dynamic(codes, self.packed, self.seven_bits)
         return y.addcmul_(grid.zero, self.sums, value=-1).mul_(grid.scale)
 

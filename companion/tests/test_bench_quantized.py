@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
-from companion.bench.quantized import alternate, candidates, llama, seconds_of
+from companion.bench.quantized import alternate, candidates, llama
 from companion.quantization.kernels import available
 from companion.tests.test_replacing import small, tokens
+from companion.timing import once
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_calls_alternate_and_their_own_seconds_count():
 
 
 def test_a_call_is_timed_from_outside():
-    assert 0 < seconds_of(lambda: sum(range(1000)))() < 1
+    assert 0 < once(lambda: sum(range(1000))) < 1
 
 
 def test_without_llama_cpp_it_is_left_out(monkeypatch):
