@@ -22,8 +22,8 @@ from companion.intervals import Interval
 from companion.memory import forward_peak_bytes, stored_bytes, unique_parameters
 from companion.quality import Quality, judge
 from companion.quantization.activations import IntegerLinear
-from companion.quantization.kernels import Kernel
 from companion.quantization.layers import QuantizedLinear
+from companion.quantization.packed import Kernel
 from companion.report import COLUMNS, QUALITY, SPEED, Comparison, Report
 from companion.timing import Race, race
 

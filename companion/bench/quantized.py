@@ -1,8 +1,8 @@
 """Does fewer bits mean faster writing? `python -m companion.bench.quantized [--threads N]`
 
-SmolLM2 writes 64 tokens after a prompt of 16, decode time only, in alternation: in FP32, on each of
-torch's kernels, and, where `xllamacpp` can be imported, in llama.cpp on the Q4_1 file from which
-all of them come. The 4-bit model holds the file's own codes. Then 512 tokens are read at once. What
+SmolLM2 writes 64 tokens after a prompt of 16, decode time only, in alternation: in FP32, on each
+kernel, and, where `xllamacpp` can be imported, in llama.cpp on the Q4_1 file from which
+all of them come. The 4-bit models hold the file's own codes. Then 512 tokens are read at once. What
 each kernel costs in quality is a study, shown at the end. Nothing is written.
 
 llama.cpp is no requirement of the course: `pip install --no-deps xllamacpp` brings a built one. Its
@@ -15,7 +15,11 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +31,7 @@ from companion.measurement import decode, prefill
 from companion.memory import stored_bytes
 from companion.model import LanguageModel
 from companion.pretrained import smollm2, smollm2_tokenizer
-from companion.quantization.fused import on_kernel
+from companion.quantization.decoders import on_kernel
 from companion.quantization.kernels import KERNELS, available
 from companion.smollm2 import smollm2_file
 from companion.studies.texts import held_out
@@ -39,32 +43,54 @@ OWN = "llama.cpp"
 
 
 def candidates(model: LanguageModel) -> dict[str, nn.Module]:
-    """FP32, and the same model on each kernel that torch has on this processor."""
+    """FP32, and the same model on each kernel that runs on this processor."""
     usable = [name for name in KERNELS if available(name)]
     return {"FP32": model} | {name: on_kernel(model, name) for name in usable}
 
 
-def llama(tokens: Tensor, new: int, threads: int) -> Callable[[], float] | None:
-    """Seconds in which llama.cpp writes `new` tokens after (1, T); None where it is missing."""
-    try:
-        import xllamacpp
-    except ImportError:
-        return None
+class Llama:
+    """llama.cpp on SmolLM2's file, in a process of its own: threads of two libraries would wait
+    for each other in one. `with Llama(threads) as llama:`."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def __enter__(self) -> Llama:
+        self.child = ProcessPoolExecutor(1, get_context("spawn"), _serve, (self.threads,))
+        print(self.child.submit(_described).result())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.child.shutdown()
+
+    def writes(self, tokens: Tensor, new: int) -> Callable[[], float]:
+        """Seconds in which it writes `new` tokens after (1, T)."""
+        return lambda: self.child.submit(_write, tokens[0].tolist(), new).result()
+
+
+def _serve(threads: int) -> None:
+    global _server
+    import xllamacpp
+
     options = xllamacpp.CommonParams()
     options.model.path = str(smollm2_file())
     options.n_ctx, options.n_parallel = 1024, 1
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(options)
-    print(f"llama.cpp, xllamacpp {xllamacpp.__version__}: {xllamacpp.get_system_info()}")
-    asked = {"prompt": tokens[0].tolist(), "n_predict": new + 1, "temperature": 0}  # its clock
-    asked |= {"cache_prompt": False, "ignore_eos": True}  # starts when the first one is there
+    _server = xllamacpp.Server(options)
 
-    def call() -> float:
-        timings = server.handle_completions(asked)["timings"]
-        assert timings["predicted_n"] == new + 1 and timings["prompt_n"] == tokens.shape[1]
-        return timings["predicted_ms"] / 1e3
 
-    return call
+def _described() -> str:
+    import xllamacpp
+
+    return f"llama.cpp, xllamacpp {xllamacpp.__version__}: {xllamacpp.get_system_info()}"
+
+
+def _write(tokens: list[int], new: int) -> float:
+    asked = {"prompt": tokens, "n_predict": new + 1, "temperature": 0}  # its clock starts when
+    asked |= {"cache_prompt": False, "ignore_eos": True}  # the first one is there
+    timings = _server.handle_completions(asked)["timings"]
+    assert timings["predicted_n"] == new + 1 and timings["prompt_n"] == len(tokens)
+    return timings["predicted_ms"] / 1e3
 
 
 def alternate(calls: Mapping[str, Callable[[], float]], rounds: int, threads: int) -> Race:
@@ -103,9 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompt = tokens[:, :PROMPT]
     timed = {"rounds": given.rounds, "threads": given.threads}
     calls = {name: decode(one, prompt, NEW) for name, one in models.items()}
-    peer = llama(prompt, NEW, given.threads)
     writing = {name: partial(once, call, given.threads) for name, call in calls.items()}
-    watch = alternate(writing | ({OWN: peer} if peer else {}), given.rounds, given.threads)
+    with Llama(given.threads) if find_spec("xllamacpp") else nullcontext() as peer:
+        every = writing | ({OWN: peer.writes(prompt, NEW)} if peer else {})
+        watch = alternate(every, given.rounds, given.threads)
     show(f"writing {NEW} tokens after {PROMPT}", watch, NEW, OWN if peer else "FP32")
     whole = {"transformers": continued(model, prompt, NEW)}
     show("the same, transformers reading its prompt too", race(**timed, **calls, **whole), NEW,

@@ -17,7 +17,7 @@ Axes: B batch, T positions, H query heads, K key-value heads, D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,9 @@ from torch.nn.functional import silu
 
 from companion.checks import require
 from companion.model import Block, KeyValueCache, LanguageModel, RMSNorm, attend
-from companion.quantization.grids import Grid, minimum, symmetric
-from companion.quantization.kernels import available, kernel, product_grid
+from companion.quantization.grids import Grid
+from companion.quantization.kernels import available, kernel
 from companion.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix
-from companion.quantization.replacing import Coding, quantize
 from companion.surgery import chosen, copied
 
 
@@ -119,6 +118,13 @@ class FusedModel(nn.Module):
 
     _check = LanguageModel._check
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedModel:
+        like = fn(torch.empty(0))
+        same = like.dtype == torch.float32 and like.is_cpu
+        where = f"asked for: {like.dtype} on {like.device}"
+        require(same, f"a fused model stays in its number formats on the processor; {where}")
+        return self
+
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits (B, T, vocab) for token ids (B, T), which continue what the cache holds.
 
@@ -138,12 +144,18 @@ class FusedModel(nn.Module):
         return self.head(self.norm(x, getattr(self.head, "dtype", dtype) if few else dtype))
 
 
-def fused(model: LanguageModel, name: str, *, head: str = "Int8Weights") -> FusedModel:
+def fused(
+    model: LanguageModel,
+    name: str,
+    *,
+    head: str = "Int8Weights",
+    kind: type[FusedModel] = FusedModel,
+) -> FusedModel:
     """A quantized model rewritten for decoding, on the kernel named (see `kernels`).
 
     The embedding keeps its own codes, so a tied head is stored twice. Raises ValueError for a model
     that is not quantized, for codes that a kernel cannot read (the head's must suit one too), and
-    where torch has no such kernel.
+    where there is no such kernel.
     """
     ends = isinstance(model.head, QuantizedLinear) and isinstance(
         model.embedding, QuantizedEmbedding
@@ -152,19 +164,5 @@ def fused(model: LanguageModel, name: str, *, head: str = "Int8Weights") -> Fuse
     inside = all(isinstance(layer, QuantizedLinear) for layer in layers.values())
     require(ends and inside, "the model is not quantized from embedding to head; quantize it first")
     for one in (name, head):
-        require(available(one), f"torch has no kernel {one} on this processor; use the plain model")
-    return FusedModel(model, name, head)
-
-
-def on_kernel(model: LanguageModel, name: str) -> FusedModel:
-    """A plain model quantized in the bits that suit a kernel on this processor, and `fused` for it.
-
-    Four bits are on a grid with a free minimum in groups of 32, as in SmolLM2's file. Raises
-    ValueError as `quantize` and `fused` do.
-    """
-    four = name == "Int4Weights"
-    ends = name if not four else "Int8Products" if available("Int8Products") else "Int8Weights"
-    rows = Coding(bits=8, mapping=product_grid if ends == "Int8Products" else symmetric)
-    if not four:
-        return fused(quantize(model, 8, mapping=rows.mapping, head=rows), name, head=ends)
-    return fused(quantize(model, 4, group=32, mapping=minimum, head=rows), name, head=ends)
+        require(available(one), f"there is no kernel {one} on this processor; use the plain model")
+    return kind(model, name, head)

@@ -1,4 +1,4 @@
-"""What torch's fast kernels cost SmolLM2 in quality, as it writes and as it reads a prompt.
+"""What fast kernels cost SmolLM2 in quality, as it writes and as it reads a prompt.
 
 Writing is a text read token by token, reading is the same at once, which takes other paths through
 the kernels. Every rounding of the running model counts: weights, vectors, the head. The 4-bit model
@@ -15,7 +15,8 @@ from companion.memory import stored_bytes
 from companion.model import LanguageModel
 from companion.pretrained import smollm2, smollm2_tokenizer
 from companion.quality import Quality, judge
-from companion.quantization.fused import on_kernel
+from companion.quantization.decoders import on_kernel
+from companion.quantization.kernels import KERNELS
 from companion.studies.study import Study
 from companion.studies.texts import excess, held_out
 
@@ -52,7 +53,7 @@ STUDY = Study(
     settings={
         f"{doing}, {name}": {"kernel": name, "at_once": doing == "reading"}
         for doing in ("writing", "reading")
-        for name in ("Int8Weights", "Int8Products", "Int4Weights")
+        for name in KERNELS
     },
     seeds=(0, 1, 2),
 )

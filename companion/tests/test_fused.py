@@ -5,7 +5,9 @@ import torch
 
 from companion.decoding import cache_for, generate
 from companion.quantization import affine, minimum, quantize, symmetric
-from companion.quantization.fused import fused, joined, on_kernel
+from companion.quantization.compiled_kernels import Compiled
+from companion.quantization.decoders import on_kernel
+from companion.quantization.fused import fused, joined
 from companion.quantization.kernels import KERNELS, available
 from companion.quantization.layers import QuantizedLinear
 from companion.tests.test_replacing import small, tokens
@@ -43,7 +45,8 @@ def test_rewriting_an_affine_or_untied_model_changes_nothing(monkeypatch):
 
 
 CASES = [("Int8Weights", {"bits": 8}), ("Int4Weights", {"bits": 4, "group": 32}),
-         ("Int8Products", {"bits": 8})]  # fmt: skip
+         ("Int8Products", {"bits": 8}), ("Int4Compiled", {"bits": 4, "group": 32}),
+         ("Int8Compiled", {"bits": 8})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -95,14 +98,14 @@ def test_joined_layers_give_their_outputs_one_after_another():
 
 def test_a_plain_model_can_be_put_on_a_kernel_at_once(monkeypatch):
     plain_kernels(monkeypatch)
-    monkeypatch.setattr("companion.quantization.kernels.products_bits", lambda: 7)
+    monkeypatch.setattr("companion.quantization.torch_kernels.products_bits", lambda: 7)
     most = {}
-    for name in KERNELS:
+    for name in [name for name, kind in KERNELS.items() if not issubclass(kind, Compiled)]:
         new = on_kernel(small(**WIDE), name)
         both = (new.blocks[0].down, new.head)
         most[name] = [layer.matrix.unpacked().abs().max().item() for layer in both]
     assert most == {"Int4Weights": [8, 63], "Int8Weights": [127, 127], "Int8Products": [63, 63]}
-    monkeypatch.setattr("companion.quantization.fused.available", lambda n: n != "Int8Products")
+    monkeypatch.setattr("companion.quantization.decoders.available", lambda n: False)
     assert on_kernel(small(**WIDE), "Int4Weights").head.matrix.unpacked().abs().max() == 127
 
 
@@ -141,3 +144,15 @@ def test_bad_tokens_are_refused(monkeypatch):
         model(torch.zeros(1, 33, dtype=torch.long))
     with pytest.raises(ValueError, match="ids run from 64 to 64, not 0 to 63"):
         model(torch.full((1, 3), 64))
+
+
+def test_a_fused_model_keeps_its_number_formats():
+    """Half of its tensors would be converted, and its kernels could not read them."""
+    if not available("Int8Weights"):
+        pytest.skip("torch has no such kernel here")
+    model = fused(quantized(), "Int8Weights")
+    assert model.to("cpu") is model and model.eval() is model
+    with pytest.raises(ValueError, match=r"stays in its number formats .* torch.float16 on cpu"):
+        model.half()
+    with pytest.raises(ValueError, match=r"torch.float32 on meta"):
+        model.to("meta")
