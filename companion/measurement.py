@@ -7,7 +7,7 @@ and timed in alternation. What is exact is counted; what is timed carries an int
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ def compare(
     require(length == prompt, f"the passage has {length} tokens, fewer than the prompt's {prompt}")
 
     judged = judge(passage, models) if wanted & QUALITY.keys() else {}
-    speeds = Speeds(models, tokens, new, rounds, threads) if wanted & SPEED.keys() else None
+    timed = {"rounds": rounds, "threads": threads}
+    speeds = Speeds(models, tokens, new, wanted & SPEED.keys(), **timed)
     reports = {
         name: Report(
             parameters=unique_parameters(model),
@@ -66,13 +67,12 @@ def compare(
             peak_bytes=_peak_bytes(model, tokens) if "peak_bytes" in wanted else None,
             products=products(model),
             **_quality(judged.get(name), judged.get(next(iter(models)))),
-            **(speeds.of(name) if speeds else {}),
+            **speeds.of(name),
         )
         for name, model in models.items()
     }
-    races = speeds.races if speeds else {}
     card = machine_card(_device(next(iter(models.values()))))
-    return Comparison(reports, columns, races, card, len(passage.tokens), passage.bytes)
+    return Comparison(reports, columns, speeds.races, card, len(passage.tokens), passage.bytes)
 
 
 def measure(model: nn.Module, passage: Passage, **options) -> Report:
@@ -117,6 +117,10 @@ def _peak_bytes(model: nn.Module, tokens: Tensor) -> int:
     return forward_peak_bytes(model, tokens.to(_device(model)))
 
 
+READ = {"first_token", "prefill", "flops_share"}  # columns for which a prompt is read
+WROTE = {"decode", "bandwidth_share"}  # and tokens are written
+
+
 class Speeds:
     """Prefill and decode of all models, each raced in alternation, and their share of the peaks."""
 
@@ -125,43 +129,43 @@ class Speeds:
         models: Mapping[str, nn.Module],
         tokens: Tensor,
         new: int,
-        rounds: int,
-        threads: int,
+        wanted: Set[str],
+        **options: int,
     ) -> None:
-        self.models, self.tokens, self.new = models, tokens, new
-        reading = {name: prefill(model, tokens) for name, model in models.items()}
-        writing = {name: decode(model, tokens, new) for name, model in models.items()}
-        self.races: dict[str, Race] = {
-            "prefill": race(rounds=rounds, threads=threads, **reading),
-            "decode": race(rounds=rounds, threads=threads, **writing),
-        }
+        """Race as `wanted` columns ask; options are those of `race`."""
+        self.models, self.tokens, self.new, self.wanted = models, tokens, new, wanted
+        self.races: dict[str, Race] = {}
+        if wanted & READ:
+            calls = {name: prefill(model, tokens) for name, model in models.items()}
+            self.races["prefill"] = race(**options, **calls)
+        if wanted & WROTE:
+            calls = {name: decode(model, tokens, new) for name, model in models.items()}
+            self.races["decode"] = race(**options, **calls)
 
     def of(self, name: str) -> dict[str, Interval]:
         """The timed fields of one model's report."""
-        model = self.models[name]
-        read, wrote = (self.races[kind].interval(name) for kind in ("prefill", "decode"))
-        if any(isinstance(module, Kernel) for module in model.modules()):
-            shares = dict.fromkeys(("flops_share", "bandwidth_share"), Interval.unknown())
-        else:
-            shares = self._shares(model, read, wrote)
-        return {
-            "first_token": read,
-            "prefill": read.map(lambda s: self.tokens.shape[1] / s),
-            "decode": wrote.map(lambda s: self.new / s),
-            **shares,
-        }
+        found, took = {}, {kind: watch.interval(name) for kind, watch in self.races.items()}
+        if "prefill" in took:
+            found["first_token"] = took["prefill"]
+            found["prefill"] = took["prefill"].map(lambda s: self.tokens.shape[1] / s)
+        if "decode" in took:
+            found["decode"] = took["decode"].map(lambda s: self.new / s)
+        return found | self._shares(self.models[name], took)
 
-    def _shares(self, model: nn.Module, read: Interval, wrote: Interval) -> dict[str, Interval]:
+    def _shares(self, model: nn.Module, took: Mapping[str, Interval]) -> dict[str, Interval]:
         """Of the machine's peaks; unknown for kernels, whose work torch cannot count."""
-        best = peaks(_device(model))
+        wanted = self.wanted & {"flops_share", "bandwidth_share"}
+        if not wanted or any(isinstance(module, Kernel) for module in model.modules()):
+            return dict.fromkeys(wanted, Interval.unknown())
+        best, found = peaks(_device(model)), dict.fromkeys(wanted, Interval.unknown())
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        flops = counted_flops(model, self.tokens)
-        moved = decode_bytes(model, self.tokens.shape[1]) * self.new
-        share = best.flops.get(dtype)
-        return {
-            "flops_share": read.map(lambda s: flops / s / share) if share else Interval.unknown(),
-            "bandwidth_share": wrote.map(lambda s: moved / s / best.bandwidth),
-        }
+        if "flops_share" in wanted and dtype in best.flops:
+            least = counted_flops(model, self.tokens) / best.flops[dtype]  # seconds
+            found["flops_share"] = took["prefill"].map(lambda s: least / s)
+        if "bandwidth_share" in wanted:
+            moved = decode_bytes(model, self.tokens.shape[1]) * self.new
+            found["bandwidth_share"] = took["decode"].map(lambda s: moved / s / best.bandwidth)
+        return found
 
 
 def reading(model: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
