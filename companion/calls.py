@@ -15,7 +15,7 @@ from companion.decoding import cache_for
 class TorchCalls(TorchDispatchMode):
     """`with torch.no_grad(), TorchCalls() as calls:` counts operations, views of tensors too.
 
-    In inference mode torch shows an operation that is made of others as one.
+    Without `no_grad`, in inference mode, an operation that is made of others would count as one.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,7 @@ def token_calls(model: nn.Module, past: int = 16) -> int:
     cache, token = cache_for(model, capacity=past + 2), torch.zeros(1, 1, dtype=torch.long)
     for tokens in (token.expand(1, past), token):  # the second is a warm-up
         model(tokens, cache)
+    cache.rewind(past)
     with TorchCalls() as calls:
         model(token, cache)
     return calls.count

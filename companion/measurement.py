@@ -117,8 +117,8 @@ def _peak_bytes(model: nn.Module, tokens: Tensor) -> int:
     return forward_peak_bytes(model, tokens.to(_device(model)))
 
 
-READ = {"first_token", "prefill", "flops_share"}  # columns for which a prompt is read
-WROTE = {"decode", "bandwidth_share"}  # and tokens are written
+READS = {"first_token", "prefill", "flops_share"}  # columns for which a prompt is read
+WRITES = {"decode", "bandwidth_share"}  # columns for which tokens are written
 
 
 class Speeds:
@@ -135,10 +135,10 @@ class Speeds:
         """Race as `wanted` columns ask; options are those of `race`."""
         self.models, self.tokens, self.new, self.wanted = models, tokens, new, wanted
         self.races: dict[str, Race] = {}
-        if wanted & READ:
+        if wanted & READS:
             calls = {name: prefill(model, tokens) for name, model in models.items()}
             self.races["prefill"] = race(**options, **calls)
-        if wanted & WROTE:
+        if wanted & WRITES:
             calls = {name: decode(model, tokens, new) for name, model in models.items()}
             self.races["decode"] = race(**options, **calls)
 

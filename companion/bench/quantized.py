@@ -1,9 +1,9 @@
 """Does fewer bits mean faster writing? `python -m companion.bench.quantized [--threads N]`
 
 SmolLM2 writes 64 tokens after a prompt of 16, decode time only, in alternation: in FP32, on each
-kernel, and, where `xllamacpp` can be imported, in llama.cpp on the Q4_1 file from which
-all of them come. The 4-bit models hold the file's own codes. Then 512 tokens are read at once. What
-each kernel costs in quality is a study, shown at the end. Nothing is written.
+kernel, and, where `xllamacpp` can be imported, in llama.cpp on the Q4_1 file from which all of them
+come. The 4-bit models hold the file's own codes in their blocks. Then 512 tokens are read at once.
+What each kernel costs in quality is a study, shown at the end. Nothing is written.
 
 llama.cpp is no requirement of the course: `pip install --no-deps xllamacpp` brings a built one. Its
 decode time is what it reports itself, since a call of it reads the prompt too.

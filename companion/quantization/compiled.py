@@ -3,17 +3,18 @@
 torch computes a token of a small model in hundreds of calls, and each costs microseconds whatever
 it computes. Here a token passes all blocks in a single call, which reads packed codes as it goes:
 
-    4 bits   vectors are rounded to 7 bits; products are whole numbers of 16 bits, 16 at a time
+    4 bits   vectors are rounded to 7 bits; products are whole numbers of 16 bits
     8 bits   vectors stay in FP32
 
-A processor multiplies many numbers at once if they lie side by side. A 4-bit weight is therefore
-kept transposed: the innermost loop runs over outputs, and no sum runs across. One word of 16 bits
-holds the codes of four inputs of one output, the first input lowest. The products of 32 inputs,
-each at most 15 x 63, fit the 16 bits that they are added up in; then comes the scale.
+A processor multiplies many numbers at once if they lie side by side (16 of 16 bits with AVX2). A
+4-bit weight is therefore kept transposed: the compiler unrolls the loop over the four inputs of a
+word, and what remains runs over outputs, with no sum across. One word of 16 bits holds the codes of
+four inputs of one output, the first input lowest. The products of 32 inputs, each at most 15 x 63,
+fit the 16 bits that they are added up in; then comes the scale.
 
 Arrays are contiguous, and FP32 if nothing else is said. A weight is a tuple of arrays:
 4 bits: codes (I/4, O) uint16, scale (G, O), lowest (G, O); 8 bits: codes (O, I) int8, scale (O,).
-`parts` is the number of threads that share a product.
+`shares` is the number of threads among which a product is divided.
 """
 
 from __future__ import annotations
@@ -24,26 +25,27 @@ from numba.extending import overload
 
 GROUP = 32  # inputs of one vector that share a scale
 HIGHEST = 63  # 7 bits: 32 x 15 x 63 < 2^15
+SMALLEST = 1e-30  # below it a group counts as zeros: 63 / largest would overflow
 
-# Sums may be taken in another order: without that, no loop that adds up can use vectors
+# Sums may be taken in another order: otherwise no loop that adds up can use SIMD instructions
 OPTIONS = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "cache": True}
 
 
 @njit(**OPTIONS)
 def rounded(x):
-    """A vector (I,) as whole numbers (I,) int16, their scales (I/32,), and the sums they make."""
+    """A vector (I,) as whole numbers (I,) int16, their scales (I/32,), each group's rounded sum."""
     codes = np.empty(len(x), np.int16)
     scales = np.empty(len(x) // GROUP, np.float32)
     sums = np.empty_like(scales)
     for g in range(len(scales)):
-        part, held = x[g * GROUP : (g + 1) * GROUP], codes[g * GROUP : (g + 1) * GROUP]
+        own, held = x[g * GROUP : (g + 1) * GROUP], codes[g * GROUP : (g + 1) * GROUP]
         largest = np.float32(0)
-        for number in part:
+        for number in own:
             largest = max(largest, abs(number))
-        steps = np.float32(HIGHEST) / largest if largest > 0 else np.float32(0)
+        steps = np.float32(HIGHEST) / largest if largest > SMALLEST else np.float32(0)
         total = np.float32(0)
-        for i in range(len(part)):
-            step = np.rint(part[i] * steps)
+        for i in range(len(own)):
+            step = np.rint(own[i] * steps)
             held[i] = np.int16(step)
             total += step
         scales[g] = largest / np.float32(HIGHEST)
@@ -56,7 +58,7 @@ def _add(codes, x, whole):
     """Add the products of four inputs with their codes to a whole number for each output."""
     for o in range(len(whole)):
         for place in range(4):
-            code = np.int16(codes[o] >> 4 * place & 15)
+            code = np.int16((codes[o] >> (4 * place)) & 15)
             whole[o] += np.int16(code * x[place])
 
 
@@ -72,36 +74,36 @@ def _some_groups(weight, vector, start, stop, out):
         whole[:] = 0
         for word in range(g * GROUP // 4, (g + 1) * GROUP // 4):
             _add(codes[word], x[4 * word : 4 * word + 4], whole)
-        s, least = scale[g * GROUP // group], lowest[g * GROUP // group]
+        s, low = scale[g * GROUP // group], lowest[g * GROUP // group]
         for o in range(len(out)):
-            out[o] += np.float32(whole[o]) * x_scale[g] * s[o] + least[o] * x_sum[g]
+            out[o] += np.float32(whole[o]) * x_scale[g] * s[o] + low[o] * x_sum[g]
 
 
 @njit(parallel=True, **OPTIONS)
-def four_bits(weight, x, out, parts):
-    """out (O,) = a 4-bit weight times x (I,); each thread takes a part of the inputs."""
+def four_bits(weight, x, out, shares):
+    """out (O,) = a 4-bit weight times x (I,); each thread takes a share of the inputs."""
     vector, groups = rounded(x), len(x) // GROUP
-    sums = np.empty((parts, len(out)), np.float32)
-    for part in prange(parts):
-        start, stop = part * groups // parts, (part + 1) * groups // parts
-        _some_groups(weight, vector, start, stop, sums[part])
+    sums = np.empty((shares, len(out)), np.float32)
+    for share in prange(shares):
+        start, stop = share * groups // shares, (share + 1) * groups // shares
+        _some_groups(weight, vector, start, stop, sums[share])
     _add_up(sums, out)
 
 
 @njit(**OPTIONS)
 def _add_up(sums, out):
-    """out (O,) = the sum of (P, O). A function of its own: where it stands it would be shared."""
+    """out (O,) = the sum of sums (S, O). In `four_bits` numba would divide it among threads too."""
     out[:] = sums[0]
-    for part in range(1, len(sums)):
-        out += sums[part]
+    for share in range(1, len(sums)):
+        out += sums[share]
 
 
 @njit(parallel=True, **OPTIONS)
-def eight_bits(weight, x, out, parts):
-    """out (O,) = an 8-bit weight times x (I,); each thread takes a part of the outputs."""
+def eight_bits(weight, x, out, shares):
+    """out (O,) = an 8-bit weight times x (I,); each thread takes a share of the outputs."""
     codes, scale = weight
-    for part in prange(parts):
-        for o in range(part * len(codes) // parts, (part + 1) * len(codes) // parts):
+    for share in prange(shares):
+        for o in range(share * len(codes) // shares, (share + 1) * len(codes) // shares):
             total = np.float32(0)
             for i in range(len(x)):
                 total += np.float32(codes[o, i]) * x[i]
@@ -114,25 +116,25 @@ def expanded(weight, out):
     codes, scale, lowest = weight
     group = len(out) // len(scale)
     for i in prange(len(out)):
-        s, least = scale[i // group], lowest[i // group]
+        s, low = scale[i // group], lowest[i // group]
         for o in range(len(s)):
-            code = np.int32(codes[i // 4, o] >> 4 * (i % 4) & 15)
-            out[i, o] = np.float32(code) * s[o] + least[o]
+            code = np.int32((codes[i // 4, o] >> (4 * (i % 4))) & 15)
+            out[i, o] = np.float32(code) * s[o] + low[o]
 
 
-def product(weights, layer, x, out, parts):
+def product(weights, layer, x, out, shares):
     """out (O,) = the weight of one layer, of weights with a first axis of L, times x (I,)."""
 
 
 @overload(product, jit_options=OPTIONS)
-def _product(weights, layer, x, out, parts):
-    def four(weights, layer, x, out, parts):
+def _product(weights, layer, x, out, shares):
+    def four(weights, layer, x, out, shares):
         codes, scale, lowest = weights
-        four_bits((codes[layer], scale[layer], lowest[layer]), x, out, parts)
+        four_bits((codes[layer], scale[layer], lowest[layer]), x, out, shares)
 
-    def eight(weights, layer, x, out, parts):
+    def eight(weights, layer, x, out, shares):
         codes, scale = weights
-        eight_bits((codes[layer], scale[layer]), x, out, parts)
+        eight_bits((codes[layer], scale[layer]), x, out, shares)
 
     return four if len(weights) == 3 else eight
 
@@ -156,7 +158,7 @@ def turn(heads, cos, sin):
 
 @njit(**OPTIONS)
 def attend(queries, keys, values, positions, out):
-    """Each query (H, D) reads so many keys and values (K, C, D) of its group, into out (H, D)."""
+    """Each query (H, D) reads the first keys and values (K, C, D) of its group: out (H, D)."""
     group, scale = len(queries) // len(keys), np.float32(1) / np.sqrt(np.float32(len(queries[0])))
     weights = np.empty(positions, np.float32)
     for h in range(len(queries)):
@@ -184,7 +186,7 @@ def _add_scaled(vector, weight, out):
 
 
 @njit(**OPTIONS)
-def token(x, angles, cache, position, norms, epsilon, attention, mlp, parts):
+def token(x, angles, cache, position, norms, epsilon, attention, mlp, shares):
     """Pass one token's vector x (W,) through all L blocks, in place; its keys go into the cache.
 
     angles: cos and sin (D/2,); cache: keys and values (L, K, C, D); norms (L, 2, W), of attention
@@ -199,13 +201,13 @@ def token(x, angles, cache, position, norms, epsilon, attention, mlp, parts):
     both = np.empty(mlp[0][1].shape[-1], np.float32)
     gate, up = both[: len(both) // 2], both[len(both) // 2 :]
     for layer in range(layers):
-        product(attention[0], layer, normed(x, norms[layer, 0], epsilon), every.ravel(), parts)
+        product(attention[0], layer, normed(x, norms[layer, 0], epsilon), every.ravel(), shares)
         turn(every[:turning], *angles)
         keys[layer, :, position] = every[heads:turning]
         values[layer, :, position] = every[turning:]
         attend(every[:heads], keys[layer], values[layer], position + 1, mixed)
-        product(attention[1], layer, mixed.ravel(), change, parts)
+        product(attention[1], layer, mixed.ravel(), change, shares)
         x += change
-        product(mlp[0], layer, normed(x, norms[layer, 1], epsilon), both, parts)
-        product(mlp[1], layer, up * gate / (np.float32(1) + np.exp(-gate)), change, parts)
+        product(mlp[0], layer, normed(x, norms[layer, 1], epsilon), both, shares)
+        product(mlp[1], layer, up * gate / (np.float32(1) + np.exp(-gate)), change, shares)
         x += change

@@ -23,17 +23,17 @@ from companion.quantization.packed import Kernel, on_rows, steps_and_lowest
 
 
 def threads() -> int:
-    """Give compiled loops as many threads as torch has, at most the machine's; how many that is."""
+    """Set numba's number of threads to torch's, at most the machine's, and return it."""
     wanted = torch.get_num_threads()
     count = min(wanted, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(count)
-    if torch.get_num_threads() != wanted:  # as numba starts its threads, it changes torch's number:
-        torch.set_num_threads(wanted)  # both ask one OpenMP
+    if torch.get_num_threads() != wanted:  # starting numba's threads changes it, where both use
+        torch.set_num_threads(wanted)  # one OpenMP
     return count
 
 
 def unsigned(tensor: Tensor) -> np.ndarray:
-    """The same memory as an array; 16 bits, which torch has hardly anything for, without a sign."""
+    """The tensor's memory as an array; int16 becomes uint16, which torch hardly supports."""
     array = tensor.numpy()
     return array.view(np.uint16) if tensor.dtype == torch.int16 else array
 
@@ -52,11 +52,11 @@ class Compiled(Kernel):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Vectors (N, I) times the packed weight, (N, O). No gradient passes."""
-        parts = threads()
+        shares = threads()
         arrays, vectors = self.arrays, x.detach().contiguous().numpy()
         out = np.empty((len(x), self.outputs), np.float32)
         for vector, row in zip(vectors, out, strict=True):
-            self.product(arrays, vector, row, parts)
+            self.product(arrays, vector, row, shares)
         return torch.from_numpy(out)
 
 
@@ -74,7 +74,7 @@ class Int4Compiled(Compiled):
         fits = group % shared == 0
         shapes = f"{self.outputs} rows in groups of {group}"
         require(fits, f"{shapes} do not suit the kernel: groups by {shared}")
-        fours = steps.short().T.unflatten(0, (-1, 4)).unbind(1)  # inputs of which (O,) each
+        fours = steps.short().T.unflatten(0, (-1, 4)).unbind(1)  # by place in the word: (I/4, O)
         codes = sum(four << 4 * place for place, four in enumerate(fours))
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale.T.contiguous())

@@ -13,10 +13,10 @@ from companion.quantization.torch_kernels import product_grid
 
 
 def on_kernel(model: LanguageModel, name: str) -> FusedModel:
-    """A plain model quantized in the bits that suit a kernel on this processor, and `fused` for it.
+    """A plain model quantized in the bits that a kernel needs, then rewritten by `fused`.
 
-    Four bits are on a grid with a free minimum in groups of 32, as in SmolLM2's file; the head and
-    embedding have eight. Raises ValueError as `quantize` and `fused` do.
+    Four bits are on a grid with a free minimum in groups of 32, as in the blocks of SmolLM2's file;
+    head and embedding have eight, a scale a row. Raises ValueError as `quantize` and `fused` do.
     """
     head = head_of(name)
     rows = Coding(bits=8, mapping=product_grid if head == "Int8Products" else symmetric)

@@ -1,6 +1,6 @@
 """A model rewritten for decoding: fewer and larger steps, on kernels that read packed codes.
 
-A token of SmolLM2 passes 210 linear layers and, in the readable model, some forty calls into torch
+A token of SmolLM2 passes 210 linear layers and, in the readable model, some forty calls from Python
 a block. Each call costs microseconds whatever it computes, so that small matrices wait for Python:
 
     query, key and value are one matrix, gate and up another: 4 products a block instead of 7
@@ -152,6 +152,8 @@ def fused(
     kind: type[FusedModel] = FusedModel,
 ) -> FusedModel:
     """A quantized model rewritten for decoding, on the kernel named (see `kernels`).
+
+    `kind` is what it becomes: `CompiledModel` if both kernels are compiled.
 
     The embedding keeps its own codes, so a tied head is stored twice. Raises ValueError for a model
     that is not quantized, for codes that a kernel cannot read (the head's must suit one too), and

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from numba.core.errors import NumbaError
 from torch import nn
 
 from companion.checks import require_known
@@ -39,7 +40,7 @@ def available(name: str) -> bool:
         x = torch.arange(32.0)[None]
         expected = x @ matrix.expand().T
         return torch.allclose(kernel(x.to(kernel.dtype)).float(), expected, rtol=0.02, atol=20)
-    except (RuntimeError, NotImplementedError, AttributeError):
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError, NumbaError):
         return False
 
 

@@ -1,7 +1,7 @@
 """A linear layer on packed codes: what every fast kernel shares.
 
 Kernels are made for few vectors, when reading the weight is the wait. Many vectors share the
-reading, and then most had better expand their weight once and multiply in FP32; `many` says when.
+reading, and then most kernels expand the weight once and multiply in FP32; `many` says when.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Kernel(nn.Module):
     """A linear layer that multiplies a few vectors by packed codes, and many by the full weight."""
 
     dtype: torch.dtype  # of vectors that the kernel takes, and gives
-    many: float  # vectors from which on the weight is expanded
+    many: float  # from this many vectors on, the weight is expanded
 
     def multiply(self, x: Tensor) -> Tensor:
         """Vectors (N, I) times the packed weight, (N, O)."""

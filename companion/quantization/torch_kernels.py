@@ -1,4 +1,4 @@
-"""The same products at speed: torch's own kernels for packed weights on a processor.
+"""torch's own kernels for packed weights on a processor.
 
     Int4Weights    4-bit codes and BF16 vectors: under a third of BF16's bytes are read
     Int8Weights    8-bit codes and BF16 vectors
@@ -6,12 +6,9 @@
 
 Each is made from a `QuantizedMatrix` and computes with the same codes. The first two round scales
 and vectors to BF16, the third rounds vectors to 8 bits; their tests say how far that goes.
-Where torch lacks a kernel, `kernel` returns the plain layer.
 
-They are made for few vectors, when reading the weight is the wait. Many vectors share the reading,
-and then the first two had better expand their weight once and multiply in FP32; `many` says when.
-The third stays ahead with many vectors; each is first rounded on a grid of its own, since one large
-vector would spoil a range that all share.
+The third stays ahead of FP32 with many vectors; each is first rounded on a grid of its own, since
+one large vector would spoil a range that all share.
 """
 
 from __future__ import annotations

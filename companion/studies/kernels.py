@@ -1,8 +1,9 @@
 """What fast kernels cost SmolLM2 in quality, as it writes and as it reads a prompt.
 
 Writing is a text read token by token, reading is the same at once, which takes other paths through
-the kernels. Every rounding of the running model counts: weights, vectors, the head. The 4-bit model
-holds the codes of its file. Which bits `Int8Products` has depends on the processor.
+the kernels. Every rounding of the running model counts: weights, vectors, the head. The 4-bit
+models hold the codes of its file in their blocks. Which bits `Int8Products` has depends on the
+processor.
 """
 
 from __future__ import annotations

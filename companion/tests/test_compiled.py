@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,11 @@ import torch
 from torch.nn.functional import rms_norm
 
 from companion.decoding import Cache, cache_for, generate
-from companion.memory import stored_bytes
 from companion.model import attend, rotary_angles, rotate
 from companion.quantization import compiled, minimum, quantize, symmetric
 from companion.quantization.caches import QuantizedCache
 from companion.quantization.compiled_kernels import Int4Compiled
-from companion.quantization.compiled_model import CompiledModel
+from companion.quantization.compiled_model import PRODUCTS, CompiledModel
 from companion.quantization.decoders import on_kernel
 from companion.quantization.fused import fused
 from companion.quantization.kernels import available
@@ -52,9 +52,13 @@ def test_vectors_are_rounded_to_seven_bits_in_groups():
     assert np.allclose(sums, read(rounded).reshape(3, -1).sum(1), atol=1e-4)
 
 
-def test_a_vector_of_zeros_stays_one():
-    codes, scales, sums = compiled.rounded(np.zeros(32, np.float32))
-    assert not codes.any() and not scales.any() and not sums.any()
+@pytest.mark.parametrize("size", [0, 1e-38])
+def test_a_vector_of_next_to_nothing_becomes_zeros(size):
+    """63 / 1e-38 is more than FP32 holds."""
+    x = np.full(32, size, np.float32)
+    x[5] = 0
+    codes, scales, sums = compiled.rounded(x)
+    assert not codes.any() and not sums.any() and np.isfinite(scales).all()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -159,8 +163,39 @@ def test_batches_and_other_caches_take_the_other_way(monkeypatch):
     assert torch.allclose(new(text[:1, :1]), model(text[:1, :1]), atol=1e-4)  # no cache
     cache = QuantizedCache(new.config, bits=8)
     assert new(text[:1, :1], cache).shape == (1, 1, 64)
-    half = Cache(new.config, dtype=torch.float64)
-    assert new(text[:1, :1], half).shape == (1, 1, 64)
+    double = Cache(new.config, dtype=torch.float64)
+    assert new(text[:1, :1], double).shape == (1, 1, 64)
+
+
+def test_a_cache_for_another_model_is_refused():
+    """Compiled loops check no bounds."""
+    _, new = made("Int8Compiled")
+    one = tokens()[:1, :1]
+    deeper = replace(new.config, layers=new.config.layers + 1)
+    for cache in (Cache(new.config, batch=2), Cache(deeper)):
+        with pytest.raises(ValueError, match="the cache is for"):
+            new(one, cache)
+        assert not cache.keys.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_norm_reaches_tokens_too(name):
+    _, new = made(name)
+    text, found = tokens()[:1], []
+    for _ in range(2):
+        cache = cache_for(new)
+        new(text[:, :9], cache)
+        found.append((new(text[:, 9:10], cache), new(text[:, :10])[:, 9:]))
+        new.blocks[0].attention_norm.weight.mul_(2)
+    whole, (after, changed) = found[0][1], found[1]
+    assert (after - changed).norm() < 0.05 * changed.norm()
+    assert (changed - whole).norm() > 0.05 * whole.norm()
+
+
+def test_a_model_on_other_kernels_is_not_compiled():
+    model = quantize(small(**WIDE), 8, mapping=symmetric)
+    with pytest.raises(ValueError, match="Int8Compiled and Int8Weights are not both compiled"):
+        fused(model, "Int8Compiled", kind=CompiledModel)
 
 
 def test_a_full_cache_and_bad_tokens_are_refused_before_anything_is_written():
@@ -177,12 +212,15 @@ def test_a_full_cache_and_bad_tokens_are_refused_before_anything_is_written():
 
 
 def test_weights_are_stored_once_and_copies_have_their_own():
-    model, new = made("Int4Compiled")
+    _, new = made("Int4Compiled")
     cache = cache_for(new)
     new(tokens()[:1, :3], cache)
     expected = new(tokens()[:1, 3:4], cache)
-    parts = sum(stored_bytes(block) for block in fused(model, "Int4Compiled").blocks)
-    assert stored_bytes(new) - stored_bytes(new.embedding) - stored_bytes(new.head) < parts + 1000
+    for product in PRODUCTS:
+        part = getattr(new.blocks[1], product)
+        for name in part.names:
+            whole = getattr(new, f"{product}_{name}")
+            assert whole[1].data_ptr() == getattr(part, name).data_ptr()
     twin = copy.deepcopy(new)
     twin.blocks[0].down.codes.zero_()
     cache.rewind(3)
