@@ -16,7 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -66,6 +66,11 @@ class Llama:
     def writes(self, tokens: Tensor, new: int) -> Callable[[], float]:
         """Seconds in which it writes `new` tokens after (1, T)."""
         return lambda: self.child.submit(_write, tokens[0].tolist(), new).result()
+
+
+def peer(threads: int) -> AbstractContextManager[Llama | None]:
+    """llama.cpp for a `with` statement, or None where it is missing."""
+    return Llama(threads) if find_spec("xllamacpp") else nullcontext()
 
 
 def _serve(threads: int) -> None:
@@ -130,10 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timed = {"rounds": given.rounds, "threads": given.threads}
     calls = {name: decode(one, prompt, NEW) for name, one in models.items()}
     writing = {name: partial(once, call, given.threads) for name, call in calls.items()}
-    with Llama(given.threads) if find_spec("xllamacpp") else nullcontext() as peer:
-        every = writing | ({OWN: peer.writes(prompt, NEW)} if peer else {})
+    with peer(given.threads) as other:
+        every = writing | ({OWN: other.writes(prompt, NEW)} if other else {})
         watch = alternate(every, given.rounds, given.threads)
-    show(f"writing {NEW} tokens after {PROMPT}", watch, NEW, OWN if peer else "FP32")
+    show(f"writing {NEW} tokens after {PROMPT}", watch, NEW, OWN if other else "FP32")
     whole = {"transformers": continued(model, prompt, NEW)}
     show("the same, transformers reading its prompt too", race(**timed, **calls, **whole), NEW,
          "transformers")  # fmt: skip
