@@ -24,7 +24,7 @@ from companion.quality import Quality, judge
 from companion.quantization.activations import IntegerLinear
 from companion.quantization.layers import QuantizedLinear
 from companion.quantization.packed import Kernel
-from companion.report import COLUMNS, QUALITY, SPEED, Comparison, Report
+from companion.report import COLUMNS, QUALITY, Comparison, Report
 from companion.timing import Race, race
 
 DEFAULT = ("parameters", "stored_bytes", "bits_per_byte", "perplexity", "prefill", "decode")
@@ -59,7 +59,7 @@ def compare(
 
     judged = judge(passage, models) if wanted & QUALITY.keys() else {}
     timed = {"rounds": rounds, "threads": threads}
-    speeds = Speeds(models, tokens, new, wanted & SPEED.keys(), **timed)
+    speeds = Speeds(models, tokens, new, wanted, **timed)
     reports = {
         name: Report(
             parameters=unique_parameters(model),

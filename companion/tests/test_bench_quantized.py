@@ -8,13 +8,14 @@ import torch
 
 from companion.bench.quantized import Llama, alternate, candidates, peer
 from companion.quantization.kernels import KERNELS, available
+from companion.tests.test_fused import WIDE
 from companion.tests.test_replacing import small, tokens
 from companion.timing import once
 
 
 @pytest.fixture
 def model():
-    return small(width=64, hidden=96, vocab=64)
+    return small(**WIDE)
 
 
 def test_candidates_compute_what_the_plain_model_does(model):

@@ -7,6 +7,7 @@ import torch
 from companion.calls import TorchCalls, token_calls
 from companion.model import LanguageModel
 from companion.quantization.decoders import on_kernel
+from companion.tests.test_fused import WIDE
 from companion.tests.test_model import SMALL
 
 
@@ -25,7 +26,6 @@ def test_each_block_makes_as_many():
 
 
 def test_a_block_of_compiled_code_makes_none():
-    wide = replace(SMALL, width=64, hidden=96, vocab=64)
-    models = [on_kernel(LanguageModel(replace(wide, layers=n)), "Int8Compiled") for n in (1, 2)]
-    few, more = map(token_calls, models)
+    models = [LanguageModel(replace(SMALL, layers=n, **WIDE)) for n in (1, 2)]
+    few, more = (token_calls(on_kernel(model, "Int8Compiled")) for model in models)
     assert few == more < 50

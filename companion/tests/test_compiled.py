@@ -21,10 +21,10 @@ from companion.quantization.fused import fused
 from companion.quantization.kernels import available
 from companion.quantization.layers import QuantizedMatrix
 from companion.quantization.replacing import Coding
+from companion.tests.test_fused import WIDE
 from companion.tests.test_kernels import linear
 from companion.tests.test_replacing import small, tokens
 
-WIDE = {"width": 64, "hidden": 96, "vocab": 64}
 NAMES = ("Int4Compiled", "Int8Compiled")
 
 
@@ -61,12 +61,12 @@ def test_a_vector_of_next_to_nothing_becomes_zeros(size):
     assert not codes.any() and not sums.any() and np.isfinite(scales).all()
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_four_bits_are_the_products_of_the_rounded_vector(parts):
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_four_bits_are_the_products_of_the_rounded_vector(shares):
     """To FP32, whatever the number of threads: the whole numbers between are exact."""
     plain = linear(Coding(bits=4, group=64, mapping=minimum))
     x, out = vector(128), np.empty(48, np.float32)
-    compiled.four_bits(Int4Compiled(plain.matrix).arrays, x, out, parts)
+    compiled.four_bits(Int4Compiled(plain.matrix).arrays, x, out, shares)
     expected = plain(torch.from_numpy(read(compiled.rounded(x)))).numpy()
     assert np.allclose(out, expected, rtol=1e-5, atol=1e-5)
 
