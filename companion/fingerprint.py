@@ -2,8 +2,8 @@
 
 From one function the hash follows every name it uses: through its module, and through imports into
 the other modules of this package. What does not change a result does not count: comments,
-docstrings, layout, type annotations, input checks and the words of errors. Other libraries are not
-followed; their versions stand on the machine card.
+docstrings, layout, type annotations, input checks, the words of errors, and in which module a
+function stands. Other libraries are not followed; their versions stand on the machine card.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ def digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _reach(places: list[Place], packages: set[str]) -> list[tuple[str, str, str]]:
-    """Every place in `packages` reached from `places`, sorted, each with the shape of its code."""
+def _reach(places: list[Place], packages: set[str]) -> list[tuple[str, str]]:
+    """Every name in `packages` reached from `places`, sorted, each with the shape of its code.
+
+    Modules are left out, so that a function may move from one to another.
+    """
     modules: dict[str, _Module] = {}
     found: dict[Place, object] = {}
     while places:
@@ -56,20 +59,20 @@ def _reach(places: list[Place], packages: set[str]) -> list[tuple[str, str, str]
         if place in found or module.split(".")[0] not in packages:
             continue
         if module not in modules:
-            modules[module] = _Module(module)
+            modules[module] = _Module(module, packages)
         found[place], further = modules[module].look_up(name)
         places += further
-    return sorted((*place, repr(shape)) for place, shape in found.items())
+    return sorted((name, repr(shape)) for (_, name), shape in found.items() if shape != [])
 
 
 class _Module:
     """The statements of one module, by the names they bind at its top level."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, packages: set[str]) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"there is no module {name}", name=name)
-        self.name = name
+        self.name, self.packages = name, packages
         self.statements: dict[str, list[ast.stmt]] = {}
         self.imports: dict[str, list[Place]] = {}
         tree = _Essence().visit(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
@@ -86,11 +89,18 @@ class _Module:
         if name == "*":
             return "all", [(self.name, each) for each in (*self.statements, *self.imports)]
         if name in self.imports:
-            return self.imports[name], self.imports[name]
+            return self._brought(name), self.imports[name]
         if name in self.statements:
             statements = self.statements[name]
             return _shape(statements), [place for each in statements for place in self._used(each)]
         return "all", [(_submodule(self.name, name), "*")]  # `from package import module`
+
+    def _brought(self, name: str) -> list[Place]:
+        """What an import gives this name: nothing new, if it is code of ours by the same name."""
+        inside = [place[0].split(".")[0] in self.packages for place in self.imports[name]]
+        pairs = zip(self.imports[name], inside, strict=True)
+        shown = [("", place[1]) if own and place[1] != "*" else place for place, own in pairs]
+        return [place for place in shown if place != ("", name)]
 
     def _used(self, statement: ast.stmt) -> Iterator[Place]:
         names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
@@ -111,8 +121,10 @@ def _bound(statement: ast.stmt) -> set[str]:
     """Names that a statement at the top level of a module defines, imports aside."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {statement.name}
+    inner = [node.target for node in ast.walk(statement) if isinstance(node, ast.comprehension)]
+    own = {id(name) for target in inner for name in ast.walk(target)}  # gone when it is done
     nodes = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    return {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+    return {n.id for n in nodes if isinstance(n.ctx, ast.Store) and id(n) not in own}
 
 
 def _submodule(package: str, name: str) -> str:

@@ -176,3 +176,18 @@ def test_python_versions_agree():
     """Recorded with Python 3.11: another version must not call every record stale."""
     text = "def f(x, *, y=None):\n    return [a for a in x] if y else {**x, 'k': f'{y!r:>{x}}'}\n"
     assert source_fingerprint(text) == "3b577ae868ef6040"
+
+
+def test_a_function_may_move_to_another_module(package):
+    point = "def point():\n    return double(1)\n\n\n"
+    double = "def double(x):\n    return 2 * x\n"
+    moved = "from helpers import double\n\n\n" + point
+    assert package(moved, double) == package(point + double, "")
+    assert package(moved, double) != package(moved, double.replace("2", "3"))
+    renamed = "from helpers import twice as double\n\n\n" + point
+    assert package(renamed, double.replace("double", "twice")) != package(moved, double)
+
+
+def test_a_variable_of_a_comprehension_is_no_name_of_its_module(package):
+    text = BASE + "\nTABLE = {seed: seed * 2 for seed in range(3)}\n"
+    assert package(text) == package(text.replace("seed * 2", "seed * 3"))
