@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes a second to import
+    from torch import Tensor
 
 
 def require(condition: bool, message: str) -> None:
@@ -28,3 +32,9 @@ def require_known(name: str, value: object, known: object) -> None:
     """`value` must be one of `known`, which the message lists."""
     names = ", ".join(map(str, known))
     require(value in known, f"{name} is {value!r}; known are: {names}")
+
+
+def require_finite(numbers: Tensor, name: str = "numbers") -> None:
+    """No number of a tensor may be infinite or nan."""
+    bad = int((~numbers.isfinite()).sum())
+    require(bad == 0, f"{bad} of {numbers.numel()} {name} are not finite; nothing can hold them")

@@ -19,11 +19,12 @@ ATTENTIONS = ("flash", "math")  # the two ways torch computes attention on a CPU
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Weights that every position is multiplied by: L (2 W^2 + 2 W K D + 3 W M) + W V.
+    """Weights that every position is multiplied by: L (2 W H D + 2 W K D + 3 W M) + W V.
 
-    The output head counts, tied or not; the embedding does not, since looking up is no product.
+    H D is W unless heads were taken away. The output head counts, tied or not; the embedding does
+    not, since looking up is no product.
     """
-    attention = 2 * config.width**2 + 2 * config.width * config.kv_heads * config.head_width
+    attention = 2 * config.width * (config.heads + config.kv_heads) * config.head_width
     mlp = 3 * config.width * config.hidden
     return config.layers * (attention + mlp) + config.width * config.vocab
 
@@ -81,9 +82,9 @@ def activation_bytes(
 
     For each position, in numbers of the model's type (n) or always FP32 (f):
       each of 2 L + 1 norms  (2 W + 1) f + W n  input, 1 / rms and scaled input; product
-      each block             (W + 4 M) n        input of `out`; gate, silu(gate), up, their product
-      flash attention        (W + 2 K D) n + H f    query, key and value; log of the softmax's sum
-      math attention         (3 W + H T) n          the same, keys repeated; a row of T x T shares
+      each block             (H D + 4 M) n      input of `out`; gate, silu(gate), up, their product
+      flash attention        (H D + 2 K D) n + H f  query, key and value; log of the softmax's sum
+      math attention         (3 H D + H T) n        the same, keys repeated; a row of T x T shares
       loss                   V f for each of the T - 1 predictions, and one number a batch
       token ids              8 bytes each; targets again, where they are no view of the tokens
 
@@ -95,14 +96,15 @@ def activation_bytes(
     require_known("attention", attention, ATTENTIONS)
     require_known("bytes_per_number", bytes_per_number, (4, 2) if attention == "flash" else (4,))
     width, kv_width = config.width, config.kv_heads * config.head_width
-    norms = 2 * config.layers + 1
-    own = norms * width + config.layers * (width + 4 * config.hidden)  # numbers of the model's type
+    heads_width = config.heads * config.head_width
+    norms = 2 * config.layers + 1  # below: numbers of the model's type
+    own = norms * width + config.layers * (heads_width + 4 * config.hidden)
     fp32 = norms * (2 * width + 1)
     if attention == "flash":
-        own += config.layers * (width + 2 * kv_width)
+        own += config.layers * (heads_width + 2 * kv_width)
         fp32 += config.layers * config.heads
     else:
-        own += config.layers * (3 * width + config.heads * positions)
+        own += config.layers * (3 * heads_width + config.heads * positions)
     rows, predictions = batch * positions, batch * (positions - 1)
     targets = 8 * predictions if batch > 1 and positions > 2 else 0  # otherwise a view of the ids
     loss = 4 * (predictions * config.vocab + 1) + 8 * rows + targets
@@ -110,21 +112,22 @@ def activation_bytes(
 
 
 def attention_flops(config: ModelConfig, positions: int, *, batch: int = 1, past: int = 0) -> int:
-    """FLOPs of scores and mixing, every new position against all: L x 4 B T (P + T) W.
+    """FLOPs of scores and mixing, every new position against all: L x 4 B T (P + T) H D.
 
     This is what the plain T x T product costs, and what torch's counter counts.
     """
     _check(config, positions, batch, past)
-    return config.layers * 4 * batch * positions * (past + positions) * config.width
+    pairs = positions * (past + positions)
+    return config.layers * 4 * batch * pairs * config.heads * config.head_width
 
 
 def causal_attention_flops(
     config: ModelConfig, positions: int, *, batch: int = 1, past: int = 0
 ) -> int:
-    """The part of `attention_flops` that causality needs: L x 4 B (T P + T (T + 1) / 2) W."""
+    """The part of `attention_flops` that causality needs: L x 4 B (T P + T (T + 1) / 2) H D."""
     _check(config, positions, batch, past)
     pairs = positions * past + positions * (positions + 1) // 2
-    return config.layers * 4 * batch * pairs * config.width
+    return config.layers * 4 * batch * pairs * config.heads * config.head_width
 
 
 def forward_flops(config: ModelConfig, positions: int, *, batch: int = 1, past: int = 0) -> int:

@@ -62,7 +62,7 @@ def _reach(places: list[Place], packages: set[str]) -> list[tuple[str, str]]:
             modules[module] = _Module(module, packages)
         found[place], further = modules[module].look_up(name)
         places += further
-    return sorted((name, repr(shape)) for (_, name), shape in found.items() if shape != [])
+    return sorted({(name, repr(shape)) for (_, name), shape in found.items() if shape != []})
 
 
 class _Module:

@@ -20,10 +20,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from companion.checks import require
+from companion.calibration import Inputs, seen
+from companion.checks import require, require_finite
 from companion.model import LanguageModel
-from companion.quantization.calibration import Inputs, seen
-from companion.quantization.grids import Grid, affine, code_range, fit, require_finite
+from companion.quantization.grids import Grid, affine, code_range, fit
 from companion.quantization.layers import QuantizedLinear
 from companion.surgery import Where, swapped
 

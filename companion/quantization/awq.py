@@ -15,8 +15,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from companion.calibration import Inputs, seen
 from companion.checks import require_whole
-from companion.quantization.calibration import Inputs, seen
 from companion.quantization.replacing import Coding, Rounded, Rounding, nearest
 
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from companion.checks import require, require_known
-from companion.quantization.grids import require_finite
+from companion.checks import require, require_finite, require_known
 
 CASTS = {
     name: getattr(torch, name) for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")

@@ -19,8 +19,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from companion.calibration import Inputs, seen
 from companion.checks import require_number, require_whole
-from companion.quantization.calibration import Inputs, seen
+from companion.curvature import factor
 from companion.quantization.grids import grouped
 from companion.quantization.layers import Scheme, regrouped
 from companion.quantization.replacing import Coding, Rounded, Rounding
@@ -61,23 +62,6 @@ def gptq(
         return Rounded(back.view(numbers.shape), scheme)
 
     return rounding
-
-
-def factor(products: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor U of the damped inverse, U^T U = H^-1, (I, I).
-
-    Row i of U, divided by its diagonal, says how each later weight makes up for an error in i once
-    the earlier ones are fixed. Computed in FP64: with few positions H is nearly singular.
-    Raises ValueError where damping does not help.
-    """
-    h = products.double()
-    h = h + damping * h.diagonal().mean().clamp(min=1e-12) * torch.eye(len(h), device=h.device)
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-        return torch.linalg.cholesky(inverse, upper=True).to(products.dtype)
-    except torch.linalg.LinAlgError as error:
-        message = f"the inputs leave H singular at a damping of {damping}; give more of either"
-        raise ValueError(message) from error
 
 
 def compensated(weight: Tensor, scheme: Scheme, upper: Tensor, block: int = 128) -> Tensor:

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from companion.checks import require, require_number, require_whole
+from companion.checks import require, require_finite, require_number, require_whole
 
 FEWEST, MOST = 2, 8  # bits of a code
 
@@ -157,12 +157,6 @@ def fit(
     require(numbers.numel() > 0, "there are 0 numbers to fit a grid to")
     require_finite(numbers)
     return limits(numbers, partial(mapping, bits=bits))
-
-
-def require_finite(numbers: Tensor, name: str = "numbers") -> None:
-    """Raise ValueError if one of the numbers is infinite or none."""
-    bad = int((~numbers.isfinite()).sum())
-    require(bad == 0, f"{bad} of {numbers.numel()} {name} are not finite; nothing can hold them")
 
 
 def grouped(weight: Tensor, group: int | str = "row") -> Tensor:

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from companion.calibration import Inputs, seen
 from companion.checks import require
 from companion.model import LanguageModel
-from companion.quantization.calibration import Inputs, seen
 from companion.quantization.replacing import require_plain
 from companion.surgery import copied
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from companion.calibration import Inputs, observe
 from companion.data import Passage
 from companion.model import LanguageModel
 from companion.pretrained import smollm2, smollm2_tokenizer
@@ -23,7 +24,6 @@ from companion.quantization.activations import (
     integer,
     static_ranges,
 )
-from companion.quantization.calibration import Inputs, observe
 from companion.quantization.smoothing import smooth
 from companion.studies.study import Study
 from companion.studies.texts import calibration, excess, held_out

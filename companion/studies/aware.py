@@ -12,13 +12,13 @@ from functools import lru_cache
 
 import torch
 
+from companion.calibration import observe
 from companion.data import Passage, validation
 from companion.model import LanguageModel
 from companion.pretrained import FOLDER, tiny, tiny_tokenizer
 from companion.quality import judge
 from companion.quantization import quantize
 from companion.quantization.aware import aware_step
-from companion.quantization.calibration import observe
 from companion.quantization.gptq import gptq
 from companion.studies.size import TextWindows, training_text
 from companion.studies.study import Study

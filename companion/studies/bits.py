@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from companion.calibration import Inputs, observe
 from companion.data import Passage
 from companion.memory import stored_bytes
 from companion.model import LanguageModel
@@ -19,7 +20,6 @@ from companion.pretrained import FOLDER, smollm2, smollm2_tokenizer, tiny, tiny_
 from companion.quality import Quality, judge
 from companion.quantization import nearest, quantize
 from companion.quantization.awq import awq
-from companion.quantization.calibration import Inputs, observe
 from companion.quantization.gptq import gptq
 from companion.quantization.replacing import Rounding
 from companion.studies.study import Study

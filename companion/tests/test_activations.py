@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from companion.calibration import observe
 from companion.quantization import quantize, symmetric
 from companion.quantization.activations import (
     FirstKept,
@@ -13,7 +14,6 @@ from companion.quantization.activations import (
     integer,
     static_ranges,
 )
-from companion.quantization.calibration import observe
 from companion.quantization.layers import QuantizedLinear
 from companion.tests.test_replacing import small, tokens, weights
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from companion.calibration import Inputs, observe
 from companion.memory import stored_bytes
 from companion.quantization import quantize
 from companion.quantization.awq import awq, output_error, scaled
-from companion.quantization.calibration import Inputs, observe
 from companion.quantization.replacing import Coding, nearest
 from companion.tests.test_replacing import small, tokens
 

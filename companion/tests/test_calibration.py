@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from companion.quantization.calibration import observe, seen
+from companion.calibration import observe, seen
 from companion.tests.test_replacing import small, tokens
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from companion.calibration import Inputs, observe
+from companion.curvature import factor
 from companion.quantization import minimum, quantize
 from companion.quantization.awq import output_error
-from companion.quantization.calibration import Inputs, observe
-from companion.quantization.gptq import compensated, factor, gptq
+from companion.quantization.gptq import compensated, gptq
 from companion.quantization.grids import fit
 from companion.quantization.replacing import Coding, nearest
 from companion.tests.test_replacing import small, tokens

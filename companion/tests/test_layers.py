@@ -21,8 +21,8 @@ LAYERS = {
     0: """checks storage intervals model tokenization data losses surgery
           memory fingerprint failing style disk""",
     1: """gguf_file smollm2 pretrained training optimizers pretraining decoding baselines
-          acceptance quality cost roofline catalogue shapes hardware rounds timing calls
-          quantization""",
+          calibration curvature acceptance quality cost roofline catalogue shapes hardware rounds
+          timing calls quantization""",
     2: """measurement report claims errata cases judging collecting verdict_tables verdicts
           studies""",
     3: "plots maps",

@@ -5,11 +5,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from companion.calibration import observe
 from companion.memory import stored_bytes
 from companion.quantization import minimum, quantize, symmetric
 from companion.quantization.activations import integer
 from companion.quantization.awq import awq
-from companion.quantization.calibration import observe
 from companion.quantization.fused import fused
 from companion.quantization.kernels import available
 from companion.quantization.saving import load_quantized, save_quantized

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from companion.calibration import observe
 from companion.quantization import quantize
-from companion.quantization.calibration import observe
 from companion.quantization.smoothing import smooth
 from companion.tests.test_replacing import small, tokens, weights
 

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from companion.checks import require
-from companion.quantization.grids import require_finite
+from companion.checks import require, require_finite
 from companion.surgery import Where, chosen, linears
 
 
