@@ -47,8 +47,8 @@ def crossover(
         _draw_cells(axes, table)
         if predicted is not None:
             _draw_frontier(axes, _pivot(cells, x, y, predicted)[2] >= 1)
-        axes.set_xticks(range(len(columns)), [short(c) for c in columns])
-        axes.set_yticks(range(len(rows)), [short(r) for r in rows])
+        axes.set_xticks(range(len(columns)), [_size(c) for c in columns])
+        axes.set_yticks(range(len(rows)), [_size(r) for r in rows])
         axes.grid(visible=False)
         legend = "hatched: under 1.0" + ("" if predicted is None else "; line: predicted")
         axes.set_title(f"{value_label}; {legend}", fontsize=12, fontweight="normal")
@@ -70,6 +70,11 @@ def _pivot(
     require(whole, need)
     numbers = [[_ratio(value, r, c, found) for c in columns] for r in rows]
     return columns, rows, np.array(numbers)
+
+
+def _size(number: float) -> str:
+    """A size that was chosen, not measured: all digits of a whole number, such as 2,048."""
+    return f"{number:,}" if isinstance(number, int) else short(number)
 
 
 def _ratio(name: str, row: float, column: float, found: Mapping) -> float:

@@ -137,6 +137,13 @@ def test_crossover_hatches_what_does_not_pay_and_draws_the_prediction():
     assert "under 1.0 in 1 of 6" in style.alt(FIGURES["crossover"]())
 
 
+def test_crossover_shows_all_digits_of_a_chosen_size():
+    cells = [{"batch": 0.5, "width": 2048, "speedup": 1.0}]
+    axes = plots.crossover(cells, **MAP).axes[0]
+    labels = [t.get_text() for t in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    assert labels == ["0.5", "2,048"]
+
+
 @pytest.mark.parametrize(
     "call",
     [
