@@ -22,9 +22,9 @@ LAYERS = {
           memory fingerprint failing style disk""",
     1: """gguf_file smollm2 pretrained training optimizers pretraining decoding baselines
           calibration curvature acceptance quality cost roofline catalogue shapes hardware rounds
-          timing calls quantization""",
+          timing calls pruning quantization""",
     2: """measurement report claims errata cases judging collecting verdict_tables verdicts
-          studies""",
+          distillation studies""",
     3: "plots maps",
     4: "explorers check bench",
 }
