@@ -7,6 +7,7 @@ be, the function's own message stands in place of the result.
 from companion.explorers.bits import bits_explorer, bits_figure
 from companion.explorers.rounding import rounding_explorer, rounding_figure
 from companion.explorers.shapes import shape_explorer, this_machine
+from companion.explorers.temperature import temperature_explorer, temperature_figure
 
 __all__ = [
     "bits_explorer",
@@ -14,5 +15,7 @@ __all__ = [
     "rounding_explorer",
     "rounding_figure",
     "shape_explorer",
+    "temperature_explorer",
+    "temperature_figure",
     "this_machine",
 ]
