@@ -21,6 +21,7 @@ from companion.pruning.replacing import (
     weighted,
     zeroed,
 )
+from companion.pruning.saving import load_pruned, save_pruned
 from companion.pruning.schedules import Round, gradual, iterative, one_shot, prune_and_train
 from companion.pruning.sparsegpt import sparsegpt
 from companion.pruning.structured import block_losses, masked_twin, shrink
@@ -29,8 +30,8 @@ from companion.pruning.training import keeping_zeros
 __all__ = [
     "Round",
     "ThinConfig",
-    "block_losses",
     "at_random",
+    "block_losses",
     "global_shares",
     "gradual",
     "heads",
@@ -39,6 +40,7 @@ __all__ = [
     "iterative",
     "keeping_zeros",
     "layers",
+    "load_pruned",
     "magnitude",
     "masked",
     "masked_twin",
@@ -50,6 +52,7 @@ __all__ = [
     "prune",
     "prune_and_train",
     "prune_below",
+    "save_pruned",
     "shrink",
     "sparsegpt",
     "sparsity_of",
