@@ -6,16 +6,13 @@ import math
 
 from torch import nn
 
-from companion.checks import require
+from companion.checks import require, require_finite
 
 
 def require_finite_weights(name: str, model: nn.Module) -> None:
     """Raise ValueError, naming the tensor, unless all weights of the model are finite."""
     for place, tensor in model.state_dict().items():
-        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
-        require(
-            finite, f"the {name}'s {place} holds numbers that are not finite; mend or reload it"
-        )
+        require_finite(tensor, f"numbers of the {name}'s {place}")
 
 
 def require_same_vocab(teacher: nn.Module, student: nn.Module) -> None:
