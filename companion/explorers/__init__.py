@@ -7,6 +7,7 @@ be, the function's own message stands in place of the result.
 from companion.explorers.bits import bits_explorer, bits_figure
 from companion.explorers.rounding import rounding_explorer, rounding_figure
 from companion.explorers.shapes import shape_explorer, this_machine
+from companion.explorers.sparsity import sparsity_explorer, sparsity_figure
 from companion.explorers.temperature import temperature_explorer, temperature_figure
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "rounding_explorer",
     "rounding_figure",
     "shape_explorer",
+    "sparsity_explorer",
+    "sparsity_figure",
     "temperature_explorer",
     "temperature_figure",
     "this_machine",

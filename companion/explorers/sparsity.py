@@ -1,4 +1,4 @@
-"""Where to take neurons from: early, middle or late blocks, at what price in nats and bytes.
+"""Which blocks should give up neurons: a share for each, at what price in nats and bytes.
 
 The losses are measured beforehand, one block and one share at a time, and added up; what blocks do
 to each other is left out. Bytes follow from the shape. A token waits for the weights it reads, so
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 
 import ipywidgets as widgets
 
@@ -25,9 +25,9 @@ from companion.explorers.choices import LOOK, Explorer
 from companion.model import ModelConfig
 from companion.style import Card
 
-THIRDS = ("early", "middle", "late")
+MOST = 10_000  # choices that are worked out; there are shares ** blocks of them
 
-Shares = tuple[float, float, float]  # of the neurons of the early, middle and late blocks
+Shares = tuple[float, ...]  # of the neurons removed, one for each block
 Losses = Mapping[float, Sequence[float]]  # share removed -> nats per token, one for each block
 
 
@@ -42,8 +42,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        parts = zip(THIRDS, self.shares, strict=True)
-        return ", ".join(f"{third} {share:.0%}" for third, share in parts)
+        return " ".join(f"{share:.0%}" for share in self.shares)
 
     def __str__(self) -> str:
         price = f"{self.nats:.3f} nats per token more, a token {self.speed:.2f} x as fast"
@@ -51,29 +50,22 @@ class Choice:
 
 
 def choices(config: ModelConfig, losses: Losses, *, fixed: float = 0.0) -> dict[Shares, Choice]:
-    """All choices there are: one of the shares of `losses` for each third of the blocks.
+    """All choices there are: one of the shares of `losses` for each block.
 
     `fixed` is the share of a token's time that does not depend on bytes, such as calls. Raises
-    ValueError for shares outside [0, 1), and for losses that are not one finite number a block.
+    ValueError for shares outside [0, 1), for losses that are not one finite number a block, and
+    for more than 10,000 choices.
     """
     _check(config, losses, fixed)
     whole = _read_bytes(config, 0)
     found = {}
-    for shares in product(sorted(losses), repeat=3):
-        parts = list(zip(shares, thirds(config.layers), strict=True))
-        gone = sum(round(share * config.hidden) * len(blocks) for share, blocks in parts)
-        nats = sum(losses[share][block] for share, blocks in parts for block in blocks)
+    for shares in product(sorted(losses), repeat=config.layers):
+        gone = sum(round(share * config.hidden) for share in shares)
+        nats = sum(losses[share][block] for block, share in enumerate(shares))
         megabytes = (cost.weight_bytes(config) - 4 * 3 * config.width * gone) / 1e6
         speed = 1 / (fixed + (1 - fixed) * _read_bytes(config, gone) / whole)
         found[shares] = Choice(shares, megabytes, nats, speed)
     return found
-
-
-def thirds(layers: int) -> tuple[range, range, range]:
-    """The blocks that are early, middle and late; the first thirds take what is left over."""
-    size, more = divmod(layers, 3)
-    ends = [0, *(size * third + min(more, third) for third in (1, 2, 3))]
-    return tuple(range(start, stop) for start, stop in pairwise(ends))
 
 
 def best(found: Mapping[Shares, Choice]) -> list[Choice]:
@@ -86,15 +78,17 @@ def best(found: Mapping[Shares, Choice]) -> list[Choice]:
 
 
 def sparsity_figure(
-    config: ModelConfig, losses: Losses, shares: Shares = (0.5, 0.5, 0.5), *, fixed: float = 0.0
+    config: ModelConfig, losses: Losses, shares: Shares | None = None, *, fixed: float = 0.0
 ) -> Card:
     """All choices by megabytes and nats lost, the best as a line, and one of them marked.
 
+    Without `shares` that is the largest share from every block.
     `losses` are {share removed: nats per token lost, one for each block}, as `block_losses` finds
     them. Raises ValueError as `choices` does, and for shares that are not among the losses.
     """
     found = choices(config, losses, fixed=fixed)
-    ours, rest = _chosen(found, shares), best(found)
+    ours = _chosen(found, shares or (max(losses),) * config.layers)
+    rest = best(found)
     title = f"Neurons removed: {ours.name}"
     alt = f"{ours}. Of {len(found)} choices {len(rest)} are best for their size"
     with look.style():
@@ -111,16 +105,16 @@ def sparsity_figure(
 
 
 def sparsity_explorer(config: ModelConfig, losses: Losses, *, fixed: float = 0.0) -> Explorer:
-    """`sparsity_figure` behind a slider for each third, and the best choice of the same size."""
+    """`sparsity_figure` behind a slider for each block, and the best choice of the same size."""
     found, options = choices(config, losses, fixed=fixed), sorted(losses)
     controls = {
-        third: widgets.SelectionSlider(
-            description=f"{third} blocks",
+        f"block_{block}": widgets.SelectionSlider(
+            description=f"block {block}",
             options=[(f"{share:.0%}", share) for share in options],
             value=options[len(options) // 2],
             **LOOK,
         )
-        for third in THIRDS
+        for block in range(config.layers)
     }
     return Explorer(controls, partial(_told, config, losses, found, fixed))
 
@@ -132,7 +126,7 @@ def _told(
     fixed: float,
     **shares: float,
 ) -> str:
-    ours = _chosen(found, tuple(shares[third] for third in THIRDS))
+    ours = _chosen(found, tuple(shares.values()))
     better = min((c for c in best(found) if c.megabytes <= ours.megabytes), key=lambda c: c.nats)
     same = "no choice of this size or smaller is predicted to lose less"
     words = same if better == ours else f"no larger and predicted to lose least: {better}"
@@ -143,7 +137,8 @@ def _told(
 
 def _chosen(found: Mapping[Shares, Choice], shares: Sequence[float]) -> Choice:
     known = sorted({share for one in found for share in one})
-    require(len(shares) == 3, f"shares are {shares}; one for each third of the blocks is needed")
+    blocks = len(next(iter(found)))
+    require(len(shares) == blocks, f"{len(shares)} shares given; {blocks}, one a block, are needed")
     for share in shares:
         require_known("share", share, known)
     return found[tuple(shares)]
@@ -161,9 +156,14 @@ def _read_bytes(config: ModelConfig, gone: int) -> int:
 
 
 def _check(config: ModelConfig, losses: Losses, fixed: float) -> None:
-    require(config.layers >= 3, f"{config.layers} blocks have no thirds; at least 3 are needed")
     require(0 <= fixed < 1, f"fixed is {fixed}; a share from 0 to below 1 is needed")
     require(len(losses) > 0, "losses holds 0 shares; at least 1 is needed")
+    many = len(losses) ** config.layers
+    require(
+        many <= MOST,
+        f"{many} choices, {len(losses)} shares in {config.layers} blocks; "
+        f"at most {MOST} can be worked out",
+    )
     for share, row in losses.items():
         require(0 <= share < 1, f"share {share} is not from 0 to below 1")
         good = len(row) == config.layers and all(map(math.isfinite, row))

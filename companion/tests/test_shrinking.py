@@ -18,6 +18,7 @@ from companion.pruning import heads, neurons
 from companion.pruning.config import ThinConfig, with_groups
 from companion.pruning.structured import masked_twin, shrink
 from companion.quantization import quantize
+from companion.studies import structure
 from companion.surgery import copied
 from companion.tests.test_model import SMALL, small, some_tokens
 from companion.training import train
@@ -209,8 +210,8 @@ def test_refitted_twins_are_equal_and_nearer_to_the_whole_model():
         assert (little(tokens) - whole).norm() < 0.9 * (plain(tokens) - whole).norm()
 
 
-@pytest.mark.parametrize(("count", "share"), {3: 0.133, 5: 0.222, 8: 0.356}.items())
-def test_depth_and_width_at_equal_bytes(count, share):
+@pytest.mark.parametrize(("count", "share"), structure.DEPTHS.items())
+def test_the_study_compares_depth_and_width_at_equal_bytes(count, share):
     whole = MODELS["SmolLM2-135M"]
     shallow = replace(whole, layers=whole.layers - count)
     narrow = replace(whole, hidden=whole.hidden - round(share * whole.hidden))

@@ -11,7 +11,6 @@ from companion.explorers.sparsity import (
     choices,
     sparsity_explorer,
     sparsity_figure,
-    thirds,
 )
 from companion.model import ModelConfig
 
@@ -21,13 +20,13 @@ LOSSES = {0.0: [0.0] * 4, 0.5: [0.4, 0.1, 0.02, 0.03], 0.25: [0.1, 0.05, 0.01, 0
 
 def test_a_choice_adds_up_by_hand():
     found = choices(CONFIG, LOSSES)
-    assert len(found) == 27
-    ours = found[0.25, 0.0, 0.5]  # blocks 0 and 1; 2; 3
+    assert len(found) == 81
+    ours = found[0.25, 0.25, 0.0, 0.5]
     assert ours.nats == pytest.approx(0.1 + 0.05 + 0.0 + 0.03)
     gone = 10 + 10 + 0 + 20  # neurons of 3 x 32 numbers
     assert ours.megabytes * 1e6 == pytest.approx(4 * (cost.parameters(CONFIG) - gone * 96))
-    assert ours.name == "early 25%, middle 0%, late 50%"
-    whole = found[0.0, 0.0, 0.0]
+    assert ours.name == "25% 25% 0% 50%"
+    whole = found[0.0, 0.0, 0.0, 0.0]
     assert whole.speed == 1 and whole.nats == 0
     assert ours.speed == pytest.approx(whole.megabytes / ours.megabytes)
 
@@ -35,7 +34,7 @@ def test_a_choice_adds_up_by_hand():
 def test_equal_shares_weigh_what_a_smaller_model_weighs():
     half = replace(CONFIG, hidden=20)
     for config, thin in ((CONFIG, half), *[(replace(c, tied=False) for c in (CONFIG, half))]):
-        ours = choices(config, LOSSES)[0.5, 0.5, 0.5]
+        ours = choices(config, LOSSES)[0.5, 0.5, 0.5, 0.5]
         assert ours.megabytes * 1e6 == pytest.approx(cost.weight_bytes(thin))
         read, less = (4 * (c.layers * 2 + 1) * c.width + 4 * cost.matrix_parameters(c)
                       for c in (config, thin))  # fmt: skip
@@ -43,15 +42,8 @@ def test_equal_shares_weigh_what_a_smaller_model_weighs():
 
 
 def test_time_that_does_not_depend_on_bytes_stays():
-    fast, slow = (choices(CONFIG, LOSSES, fixed=f)[0.5, 0.5, 0.5].speed for f in (0.0, 0.5))
+    fast, slow = (choices(CONFIG, LOSSES, fixed=f)[0.5, 0.5, 0.5, 0.5].speed for f in (0.0, 0.5))
     assert 1 / slow == pytest.approx(0.5 + 0.5 / fast)
-
-
-@pytest.mark.parametrize("layers", [3, 4, 5, 6, 30])
-def test_thirds_hold_every_block_once(layers):
-    parts = thirds(layers)
-    assert [block for part in parts for block in part] == list(range(layers))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_the_best_are_beaten_by_none():
@@ -67,30 +59,32 @@ def test_the_best_are_beaten_by_none():
 
 
 def test_the_figure_shows_all_choices_the_best_and_one():
-    figure = sparsity_figure(CONFIG, LOSSES, (0.0, 0.25, 0.5))
+    figure = sparsity_figure(CONFIG, LOSSES, (0.0, 0.25, 0.5, 0.0))
     everything, line, one = figure.axes[0].lines
     found = choices(CONFIG, LOSSES)
-    assert len(everything.get_xdata()) == 27 and len(line.get_xdata()) == len(best(found))
-    ours = found[0.0, 0.25, 0.5]
+    assert len(everything.get_xdata()) == 81 and len(line.get_xdata()) == len(best(found))
+    ours = found[0.0, 0.25, 0.5, 0.0]
     assert (one.get_xdata()[0], one.get_ydata()[0]) == (ours.megabytes, ours.nats)
-    assert str(ours) in figure.alt and "27 choices" in figure.alt
+    assert str(ours) in figure.alt and "81 choices" in figure.alt
     assert figure._repr_html_().startswith("<img")
 
 
 def test_the_explorer_follows_its_controls():
     explorer = sparsity_explorer(CONFIG, LOSSES)
     found = choices(CONFIG, LOSSES)
-    assert f"<b>{found[0.25, 0.25, 0.25]}</b>" in explorer.result.value  # the one in the middle
-    for third, share in (("early", 0.5), ("middle", 0.0), ("late", 0.0)):
-        explorer.controls[third].value = share
+    assert (
+        f"<b>{found[0.25, 0.25, 0.25, 0.25]}</b>" in explorer.result.value
+    )  # the one in the middle
+    for block, share in enumerate((0.5, 0.0, 0.0, 0.0)):
+        explorer.controls[f"block_{block}"].value = share
     text = explorer.result.value
-    assert f"<b>{found[0.5, 0.0, 0.0]}</b>" in text
+    assert f"<b>{found[0.5, 0.0, 0.0, 0.0]}</b>" in text
     hint = re.search(r"predicted to lose least: (.*?)</p>", text).group(1)
     better = next(choice for choice in found.values() if str(choice) == hint)
-    assert better.megabytes <= found[0.5, 0.0, 0.0].megabytes and better.nats < 0.5
-    explorer.controls["early"].value = 0.0
+    assert better.megabytes <= found[0.5, 0.0, 0.0, 0.0].megabytes and better.nats < 0.4
+    explorer.controls["block_0"].value = 0.0
     assert "no choice of this size or smaller" in explorer.result.value
-    assert sparsity_figure(CONFIG, LOSSES, (0.0, 0.0, 0.0))._repr_html_() in explorer.result.value
+    assert sparsity_figure(CONFIG, LOSSES, (0.0,) * 4)._repr_html_() in explorer.result.value
 
 
 @pytest.mark.parametrize(
@@ -100,10 +94,13 @@ def test_the_explorer_follows_its_controls():
         ({"losses": {1.0: [0.0] * 4}}, "share 1.0 is not from 0 to below 1"),
         ({"losses": {0.5: [0.0] * 3}}, "4 finite numbers, one for each block"),
         ({"losses": {0.5: [float("nan")] * 4}}, "4 finite numbers"),
-        ({"shares": (0.3, 0.0, 0.0)}, r"share is 0.3; known are: 0.0, 0.25, 0.5"),
-        ({"shares": (0.5, 0.5)}, "one for each third"),
+        ({"shares": (0.3, 0.0, 0.0, 0.0)}, r"share is 0.3; known are: 0.0, 0.25, 0.5"),
+        ({"shares": (0.5, 0.5)}, "2 shares given; 4, one a block"),
         ({"fixed": 1.0}, "fixed is 1.0"),
-        ({"config": replace(CONFIG, layers=2)}, "2 blocks have no thirds"),
+        (
+            {"config": replace(CONFIG, layers=12), "losses": {s: [0.0] * 12 for s in LOSSES}},
+            "531441 choices, 3 shares in 12 blocks; at most 10000",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(change, message):
