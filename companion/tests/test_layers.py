@@ -24,8 +24,8 @@ LAYERS = {
           calibration curvature acceptance quality cost roofline catalogue shapes hardware rounds
           timing calls pruning quantization""",
     2: """measurement report claims errata cases judging collecting verdict_tables verdicts
-          distillation studies""",
-    3: "plots maps",
+          distillation parallel studies""",
+    3: "plots maps timelines",
     4: "explorers check bench",
 }
 TECHNIQUES = {"quantization", "pruning", "sharing", "precision", "distillation"}
