@@ -144,7 +144,9 @@ class Passage:
         require_whole("batch", batch)
         whole = len(self.tokens) // self.window * self.window
         lead = torch.full((1, 1), self.end)
-        for rows in self.tokens[:whole].view(-1, self.window).split(batch):
+        windows = self.tokens[:whole].view(-1, self.window)
+        for start in range(0, len(windows), batch):
+            rows = windows[start : start + batch]
             yield torch.cat([lead.expand(len(rows), 1), rows], dim=1)
         if whole < len(self.tokens):
             yield torch.cat([lead, self.tokens[None, whole:]], dim=1)

@@ -6,6 +6,7 @@ The resident size of a process never falls and holds much else; live tensor byte
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,12 @@ from torch.utils._pytree import tree_leaves
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of parameters and saved buffers: shared storages count once, masks count too."""
     storages = (tensor.untyped_storage() for tensor in model.state_dict().values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages that tensors lie in, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from companion.checks import next_multiple, require_known, require_whole
 from companion.cost import OPTIMIZERS, parameters
+from companion.memory import storage_bytes
 from companion.model import ModelConfig
 from companion.parallel import traffic
 
@@ -86,6 +87,4 @@ def held(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 
 def _stored(tensors: Iterable[Tensor]) -> int:
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    storages = (tensor.untyped_storage() for tensor in local)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return storage_bytes([t.to_local() if hasattr(t, "to_local") else t for t in tensors])

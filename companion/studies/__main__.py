@@ -8,7 +8,7 @@ import sys
 import torch
 
 from companion.studies.recording import load
-from companion.studies.running import AnotherStudyRuns, run_study
+from companion.studies.running import AnotherStudyRuns, DeviceIsMissing, run_study
 from companion.studies.study import Study, find_study, study_names
 
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     studies = [find_study(name) for name in given.names or study_names()]
     try:
         for study in studies:
-            print(_state(study) if given.list else run_study(study, again=given.again))
+            print(_state(study) if given.list else _done(study, given.again))
     except KeyboardInterrupt:
         print("stopped; the points that were done are kept: run it again to go on", file=sys.stderr)
         return 130
@@ -37,6 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _done(study: Study, again: bool) -> object:
+    """The record of a study, run if need be; or why this machine cannot run it."""
+    try:
+        return run_study(study, again=again)
+    except DeviceIsMissing as missing:
+        return missing
 
 
 def _state(study: Study) -> str:

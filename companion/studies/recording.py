@@ -29,6 +29,12 @@ class Point:
     results: Results
 
 
+def processor(card: Mapping[str, object]) -> object:
+    """What computed: the accelerator that a machine card names, or else the processor."""
+    device = card.get("device", "cpu")
+    return card.get("cpu") if device == "cpu" else device
+
+
 @dataclass(frozen=True)
 class Agreement:
     """Whether a value measured live lies where the recorded seeds say a further seed would."""
@@ -67,8 +73,8 @@ class Recorded:
 
     @property
     def label(self) -> str:
-        """Where and when: "recorded on <cpu>, <date>"."""
-        machine, date = self.card["cpu"], self.card["date"]
+        """Where and when: "recorded on <device>, <date>"."""
+        machine, date = processor(self.card), self.card["date"]
         changed = "; out of date: its code or settings have changed since" if self.stale else ""
         return f"recorded on {machine}, {date}{changed}"
 

@@ -14,14 +14,18 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from companion.hardware import machine_card
+from companion.hardware import devices, machine_card
 from companion.storage import save_json
-from companion.studies.recording import Point, Recorded, load, read_record
+from companion.studies.recording import Point, Recorded, load, processor, read_record
 from companion.studies.study import FOLDER, Study, find_study
 
 
 class AnotherStudyRuns(RuntimeError):
     """Two at a time would spoil each other's clocks and files."""
+
+
+class DeviceIsMissing(RuntimeError):
+    """The study is about a device that this machine lacks; its record stays as it is."""
 
 
 SCRATCH = Path(__file__).parents[2] / "runs" / "studies"  # not tracked by git
@@ -38,9 +42,11 @@ def run_study(
     """Run what is missing of a study and record it; `again` runs all of it anew.
 
     Points of an earlier run are taken over if code, settings, data and processor are the same.
-    Raises ValueError for an unknown study, AnotherStudyRuns while one does.
+    Raises ValueError for an unknown study, AnotherStudyRuns while one does, and DeviceIsMissing.
     """
     study = find_study(study) if isinstance(study, str) else study
+    if study.needs not in (None, *devices()):
+        raise DeviceIsMissing(f"{study.name} needs a {study.needs} device; its record stays")
     record, partial = (Path(place) / f"{study.name}.json" for place in (folder, scratch))
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _alone(partial.with_name("lock")):
@@ -64,11 +70,11 @@ def _run_points(study: Study, record: Path, partial: Path, again: bool, progress
         "title": study.title,
         "settings": study.settings,
         "hash": study.hash(),  # of the code as it is now, even if it changes during the run
-        "card": machine_card().as_dict(),
+        "card": machine_card(study.needs or "cpu").as_dict(),
     }
     done: dict[tuple[str, int], Point] = {}
     for path in () if again else (record, partial):
-        done |= _earlier(study, about["card"]["cpu"], path)
+        done |= _earlier(study, processor(about["card"]), path)
     missing = [point for point in study.points if point not in done]
     with tqdm(missing, disable=not progress, unit="point", desc=study.name) as bar:
         for setting, seed in bar:
@@ -82,13 +88,13 @@ def _run_points(study: Study, record: Path, partial: Path, again: bool, progress
     partial.unlink(missing_ok=True)
 
 
-def _earlier(study: Study, cpu: str, path: Path) -> dict[tuple[str, int], Point]:
+def _earlier(study: Study, machine: object, path: Path) -> dict[tuple[str, int], Point]:
     """Points of an earlier run that still count."""
     try:
         recorded = read_record(path, study)
     except (FileNotFoundError, ValueError):
         return {}
-    usable = not recorded.stale and recorded.card.get("cpu") == cpu
+    usable = not recorded.stale and processor(recorded.card) == machine
     return {(p.setting, p.seed): p for p in recorded.points} if usable else {}
 
 

@@ -28,6 +28,7 @@ class Study:
     settings: Mapping[str, Mapping[str, object]]  # by name: what `point` is called with
     seeds: tuple[int, ...]
     files: tuple[Path, ...] = ()  # data that the results depend on, beside the code
+    needs: str | None = None  # the kind of device it is about, if only one will do: "cuda"
 
     def __post_init__(self) -> None:
         require(len(self.settings) > 0, "a study has 0 settings; at least one is needed")

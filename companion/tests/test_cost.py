@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from companion import cost, roofline
+from companion.kept import kept_bytes
 from companion.losses import next_token_loss
 from companion.model import LanguageModel, ModelConfig
-from companion.parallel.kept import kept_bytes
 
 SMOLLM2 = ModelConfig(
     vocab=49152,

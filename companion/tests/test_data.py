@@ -72,7 +72,9 @@ def test_batches_reach_both_ends():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_passage_predicts_every_token_once(tokenizer, window, batch):
     text = passage(TEXT, tokenizer, window=window)
-    rows = [row for rows in text.batches(batch) for row in rows]
+    batches = [*text.batches(batch)]
+    assert all(1 <= len(rows) <= batch for rows in batches)  # no empty one before a short window
+    rows = [row for rows in batches for row in rows]
     assert all(row[0] == tokenizer.end and len(row) <= window + 1 for row in rows)
     assert torch.cat([row[1:] for row in rows]).tolist() == tokenizer.encode(TEXT)
     assert text.bytes == len(TEXT.encode())

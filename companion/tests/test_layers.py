@@ -19,10 +19,12 @@ PACKAGE = Path(companion.__file__).parent
 
 LAYERS = {
     0: """checks storage intervals model tokenization data losses surgery
-          memory fingerprint failing style disk""",
+          memory kept fingerprint failing style disk""",
     1: """gguf_file smollm2 pretrained training optimizers pretraining decoding baselines
           calibration curvature acceptance quality cost roofline catalogue shapes hardware rounds
-          timing calls pruning quantization""",
+          timing calls pruning quantization precision sharing schedules accumulation recomputation
+          step_memory stopping token_losses sliced_attention backward_passes faster_training
+          memory_mapped mlp_variants dropout compiling""",
     2: """measurement report claims errata cases judging collecting verdict_tables verdicts
           distillation parallel studies""",
     3: "plots maps timelines",

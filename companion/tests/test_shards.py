@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -33,10 +34,11 @@ STAGES = (1, 2, 3)
 ODD = {"width": 6, "heads": 1, "kv_heads": 1, "hidden": 5}  # a block of 246 numbers, 306 beside
 
 
-def fsdp(model):
+def fsdp(model, group):
+    mesh = DeviceMesh.from_group(group, "cpu")  # where torch left to itself takes a GPU
     for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
@@ -59,7 +61,7 @@ def trained(group, optimizer, changes):
             model, rows, steps=STEPS, optimizer=update, step=sharded_step, progress=False
         )
         results[stage] = losses, untied_names(model.whole_state(), model)
-    model = fsdp(small(**changes))
+    model = fsdp(small(**changes), group)
     update = OPTIMIZERS[optimizer](model)
     losses = train(model, rows, steps=STEPS, optimizer=update, progress=False)
     results["fsdp"] = losses, whole(model)
@@ -93,7 +95,10 @@ def counts(group, optimizer, changes):
     """Bytes held after a second backward pass, and what one step sends: ours and torch's."""
     rows, results = shared(some_batches(), group), {}
     wraps = {stage: lambda m, stage=stage: sharded(m, group, stage=stage) for stage in STAGES}
-    wraps |= {0: lambda m: data_parallel(m, group, bucket_bytes=20_000), "fsdp": fsdp}
+    wraps |= {
+        0: lambda m: data_parallel(m, group, bucket_bytes=20_000),
+        "fsdp": lambda m: fsdp(m, group),
+    }
     for name, wrap in wraps.items():
         model = wrap(small(**changes))
         update = OPTIMIZERS[optimizer](model)

@@ -21,7 +21,7 @@ from companion.data import documents
 from companion.model import ModelConfig
 from companion.studies import Study, __main__, find_study, load, run_study, size, study_names
 from companion.studies.recording import Agreement
-from companion.studies.running import AnotherStudyRuns
+from companion.studies.running import AnotherStudyRuns, DeviceIsMissing
 from companion.studies.study import FOLDER
 from companion.tokenization import train_tokenizer
 
@@ -185,6 +185,26 @@ def test_points_of_other_code_or_another_processor_are_not_taken_over(fake):
     fake.write("OFFSET = 10", "OFFSET = 11")
     assert fake.run().values("once", "value") == [11, 12, 13]
     assert fake.log() == ALL
+
+
+def test_a_study_of_a_device_that_is_not_here_leaves_its_record_alone(fake, capsys):
+    recorded = fake.run()
+    fake.write("seeds=(0, 1, 2)", 'seeds=(0, 1, 2), needs="abacus"')
+    with pytest.raises(DeviceIsMissing, match="fake_study needs a abacus device"):
+        fake.run(again=True)
+    assert fake.load() == recorded
+
+
+def test_a_record_names_the_accelerator_it_is_about(fake):
+    fake.run()
+    kept = json.loads(fake.record.read_text())
+    kept["card"]["device"] = "NVIDIA Abacus"
+    fake.record.write_text(json.dumps(kept))
+    assert fake.load().label.startswith("recorded on NVIDIA Abacus, ")
+    fake.log()
+    fake.write("seeds=(0, 1, 2)", "seeds=(0, 1, 2, 3)")
+    fake.run()  # on the processor, whose points those are not
+    assert fake.log() == [*ALL, "1/3", "2/3"]
 
 
 def test_another_seed_runs_alone(fake):

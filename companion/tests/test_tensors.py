@@ -17,13 +17,13 @@ from torch.distributed.tensor.parallel import (
 
 from companion.cost import activation_bytes
 from companion.decoding import cache_for, generate
+from companion.kept import kept_bytes
 from companion.losses import next_token_loss
 from companion.model import LanguageModel, ModelConfig
 from companion.parallel import regions
 from companion.parallel.counting import Counted
 from companion.parallel.cuts import joined, part_of
 from companion.parallel.held import held
-from companion.parallel.kept import kept_bytes
 from companion.parallel.processes import place
 from companion.parallel.replicas import apart, data_parallel, share
 from companion.parallel.tensor_costs import (

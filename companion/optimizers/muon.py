@@ -1,8 +1,8 @@
-"""Optimizers that torch lacks, or has in a form that this course cannot use.
+"""Muon: a matrix moves by its averaged gradient made into a matrix that only rotates.
 
-Muon turns the averaged gradient of a matrix into the nearest matrix that only rotates, so that weak
-directions move as far as strong ones. `torch.optim.Muon` does that in BF16, which takes many times
-as long as FP32 on a processor without BF16 units; this one works in the type of the weights.
+So weak directions move as far as strong ones. `torch.optim.Muon` does that in BF16, which takes
+many times as long as FP32 on a processor without BF16 units; this one works in the type of the
+weights.
 """
 
 from __future__ import annotations
