@@ -40,6 +40,7 @@ class Cluster:
         self._client: ipyparallel.Client | None = None
         self._numbers: list[int] = []  # ipyparallel's number of each rank's engine
         self._places: list[engine.Place] = []
+        self._seats: list[engine.Seat] = []
         self._sent: dict[Future, int] = {}
 
     def start(self, count: int, seconds: float) -> None:
@@ -52,14 +53,26 @@ class Cluster:
             self.stop()
             raise
 
-    def send(self, call: bytes, cells: dict[str, list[str]], seconds: float) -> dict[Future, int]:
-        """Begin a run: {future of a rank's report: its number}."""
+    def meet(self, seconds: float) -> dict[Future, int]:
+        """Begin a run, in which all ranks join a group: {future of a rank's report: its number}."""
         meeting, stacks = self._meeting(seconds)
-        for rank, number in enumerate(self._numbers):
-            stack = f"{stacks}/{rank}" if stacks else ""
-            ranks, local = len(self._numbers), self._local(rank)
+        ranks, self._seats = len(self._numbers), []
+        for rank in range(ranks):
+            stack, local = f"{stacks}/{rank}" if stacks else "", self._local(rank)
             seat = engine.Seat(rank, ranks, local, self.backend, meeting, stack, seconds)
-            self._sent[self._client[number].apply_async(engine.perform, seat, call, cells)] = rank
+            self._seats.append(seat)
+        return self._send(engine.meet)
+
+    def send(self, call: bytes, cells: dict[str, list[str]]) -> dict[Future, int]:
+        """Let the ranks that have met call a function: {future of a rank's report: its number}."""
+        return self._send(engine.perform, call, cells)
+
+    def _send(
+        self, function: Callable[..., engine.Report], *arguments: object
+    ) -> dict[Future, int]:
+        seats = zip(self._numbers, self._seats, strict=True)
+        sent = {self._client[n].apply_async(function, seat, *arguments): seat for n, seat in seats}
+        self._sent = {future: seat.rank for future, seat in sent.items()}
         return dict(self._sent)
 
     def forget(self) -> None:

@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cloudpickle
@@ -75,6 +75,11 @@ def hold() -> str:
 _held: dist.Store | None = None
 
 
+def meet(seat: Seat) -> Report:
+    """Join the group of a run. What goes wrong becomes part of the report."""
+    return _reported(seat, lambda: _take(seat))
+
+
 def perform(seat: Seat, call: bytes, cells: dict[str, list[str]]) -> Report:
     """Call the pickled function; whatever it raises becomes part of the report.
 
@@ -82,9 +87,18 @@ def perform(seat: Seat, call: bytes, cells: dict[str, list[str]]) -> Report:
     """
     for name, lines in cells.items():
         linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
+
+    def called() -> object:
+        function, arguments = cloudpickle.loads(call)
+        return function(dist.group.WORLD, *arguments)
+
+    return _reported(seat, called)
+
+
+def _reported(seat: Seat, task: Callable[[], object]) -> Report:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), _stack_on_signal(seat.stack):
-        value, failure = _attempt(seat, call)
+        value, failure = _attempt(task)
     at = time.time()
     if failure and "nccl" not in seat.backend:
         _leave()
@@ -92,13 +106,11 @@ def perform(seat: Seat, call: bytes, cells: dict[str, list[str]]) -> Report:
     return Report(value, failure, at, printed.getvalue())
 
 
-def _attempt(seat: Seat, call: bytes) -> tuple[bytes, str]:
+def _attempt(task: Callable[[], object]) -> tuple[bytes, str]:
     try:
-        _take(seat)
-        function, arguments = cloudpickle.loads(call)
-        return _pickled(function(dist.group.WORLD, *arguments)), ""
+        return _pickled(task()), ""
     except BaseException as error:  # SystemExit too: the engine outlives its function
-        inner = error.__traceback__.tb_next
+        inner = error.__traceback__.tb_next.tb_next  # the frames of this function and of `task`
         return b"", "".join(traceback.format_exception(type(error), error, inner))
 
 

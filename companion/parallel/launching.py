@@ -26,6 +26,7 @@ from companion.parallel.profiles import Profile
 from companion.parallel.sending import cells, pickled
 
 GRACE = 5.0  # seconds for the other ranks to end by themselves after one has failed
+MEETING = 30.0  # seconds in which ranks that are up join a group; most do in 0.1 s
 DIED = "its process died or was halted: killed, out of memory, or ended by the function itself"
 
 
@@ -138,10 +139,12 @@ class Ranks:
 
     def _reports(self, call: bytes, seconds: float) -> dict[int, Report]:
         """{rank: report}; stops the ranks if one has died or keeps a failed run waiting."""
-        patience = seconds + 10 * GRACE  # of the group: the deadline here must come first
-        waiting = self._cluster.send(call, cells(), patience)
-        reports = _gathered(self._cluster, waiting, time.monotonic() + seconds)
-        failures = {report.failure for report in reports.values()} - {""}
+        deadline = time.monotonic() + seconds
+        waiting, reports = self._met(seconds, deadline)
+        if not waiting and not _failures(reports):
+            waiting = self._cluster.send(call, cells())
+            reports = _gathered(self._cluster, waiting, deadline)
+        failures = _failures(reports)
         if waiting and not failures:
             raise TimeoutError(_late(self._cluster, sorted(waiting.values()), seconds))
         if waiting or DIED in failures or (failures and "nccl" in self._cluster.backend):
@@ -149,6 +152,27 @@ class Ranks:
         else:
             self._cluster.forget()
         return reports
+
+    def _met(self, seconds: float, deadline: float) -> tuple[dict[Future, int], dict[int, Report]]:
+        """Let all join a group: who has not answered, and {rank: report}.
+
+        Gloo waits for ever in some group of ten thousand. Then new processes try again, once.
+        """
+        patience = seconds + 10 * GRACE  # of the group: the deadline of the run must come first
+        for again in (True, False):
+            waiting = self._cluster.meet(patience)
+            soon = min(deadline, time.monotonic() + MEETING)
+            reports = _gathered(self._cluster, waiting, soon if again else deadline)
+            late = waiting and not _failures(reports) and time.monotonic() < deadline
+            if not (again and late):
+                break
+            self._stopping()
+            self._start()
+        return waiting, reports
+
+
+def _failures(reports: dict[int, Report]) -> set[str]:
+    return {report.failure for report in reports.values()} - {""}
 
 
 def _gathered(cluster: Cluster, waiting: dict[Future, int], deadline: float) -> dict[int, Report]:

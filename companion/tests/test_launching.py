@@ -249,6 +249,30 @@ def sleeps(group):
     time.sleep(600)
 
 
+def test_ranks_that_never_meet_are_started_anew(faults, monkeypatch):
+    """As gloo does once in ten thousand runs: it waits for ever while it connects the ranks."""
+    meet, before = cluster.Cluster.meet, faults.ranks.run(pid)
+    stuck = [True]
+
+    def sometimes(one, seconds):
+        if not stuck:
+            return meet(one, seconds)
+        stuck.clear()
+        waits = [one._client[number].apply_async(time.sleep, 600) for number in one._numbers]
+        return {waiting: rank for rank, waiting in enumerate(waits)}
+
+    monkeypatch.setattr(cluster.Cluster, "meet", sometimes)
+    monkeypatch.setattr(launching, "MEETING", 0.5)
+    assert faults.ranks.run(rank_and, 7, timeout=START) == [(0, 7), (1, 7)]
+    faults.note()
+    assert not {*before} & {*faults.ranks.run(pid)}
+    stuck.append(True)
+    with pytest.raises(TimeoutError, match=r"no answer within 0.4 s from rank 0, rank 1"):
+        faults.ranks.run(rank_and, 7, timeout=0.4)  # too short for a second meeting
+    assert not faults.left()
+    faults.run_on()
+
+
 def test_an_interrupt_stops_the_ranks(faults):
     faults.run_on()
     began = time.monotonic()
