@@ -5,12 +5,14 @@ that grows with depth. So keep only the input of each *segment* of k blocks; whe
 comes to a segment, run its forward pass again, use what it keeps, and throw it away. Chen et al.,
 "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
 
-With L blocks, c bytes for the input of one and a for all that one keeps, at the worst moment
+With L blocks, c bytes for the input of one, a for all that one keeps, and s for what the loss
+keeps, which is gone before a segment runs again, at the worst moment
 
-    kept(k) = c L / k + a k        least at   k = sqrt(L c / a)
+    kept(k) = c L / k + max(a k, s)        for a small s least at   k = sqrt(L c / a)
 
 For layers that keep no more than their input that is sqrt(L). A block of a Transformer keeps many
-times its input, and k = 1 is best up to about 2 a / c blocks. The price is one more forward pass
+times its input, and k = 1 is best up to about 2 a / c blocks, unless s exceeds a (a large
+vocabulary): then segments of up to s / a blocks cost nothing. The price is one more forward pass
 through the blocks: about a third more time, whatever k is.
 """
 

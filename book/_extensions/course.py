@@ -3,8 +3,8 @@
 1. Pages load MathJax, Mermaid and the widget manager from `book/_static/vendor` when
    `tools/assets.py` has put them there, so that the book reads without a network.
 2. A change in `companion/` executes every notebook again; Sphinx alone would look at pages only.
-3. The page of all verdicts is read after the chapters that save them. Sphinx reads pages by name,
-   and "book/..." sorts before "notebooks/...".
+3. The pages of all verdicts and all errata are read after the chapters that they tell of. Sphinx
+   reads pages by name, and "book/..." sorts before "notebooks/...".
 4. The `:alt:` of a diagram reaches the picture, for readers who listen to the page.
 5. Thebe, which Jupyter Book loads unasked and twice, is taken off every page.
 """
@@ -21,7 +21,7 @@ from sphinx.environment import BuildEnvironment
 from sphinxcontrib.mermaid import mermaid
 
 STATIC = Path(__file__).resolve().parents[1] / "_static"
-READ_LAST = "book/verdicts"
+READ_LAST = ("book/verdicts", "book/errata")
 CHAPTERS = "notebooks/"
 
 
@@ -55,10 +55,10 @@ def note_package(app: Sphinx, config: Config) -> None:
 
 
 def read_last(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
-    """Move the page of verdicts to the end; add it when a chapter is read anew."""
+    """Move the pages of verdicts and errata to the end; add them when a chapter is read anew."""
     chapters = any(name.startswith(CHAPTERS) for name in docnames)
-    if READ_LAST in docnames or (chapters and READ_LAST in env.found_docs):
-        docnames[:] = [name for name in docnames if name != READ_LAST] + [READ_LAST]
+    last = [name for name in READ_LAST if name in docnames or (chapters and name in env.found_docs)]
+    docnames[:] = [name for name in docnames if name not in last] + last
 
 
 def describe_diagrams(app: Sphinx, doctree: nodes.document) -> None:

@@ -63,7 +63,7 @@ def run(
 
 def early(*, seed: int, **setting: bool | float) -> dict[str, float]:
     """What `run` sees at its first look: the first entries of its curves."""
-    found = looks(seed, EVERY, **setting)
+    found = looks(seed, EVERY, texts=("train", "validation"), **setting)
     return {"train": found.train[0], "validation": found.validation[0]}
 
 
@@ -71,15 +71,17 @@ def looks(
     seed: int,
     steps: int,
     *,
+    texts: tuple[str, ...] = ("train", "validation", "test"),
     more: bool = False,
     smaller: bool = False,
     decay: float = 0.1,
     drop: float = 0.0,
 ) -> Looks:
-    """The first `steps` steps of a training, with a look after every `EVERY`."""
+    """The first `steps` steps of a training, with a look at the texts after every `EVERY`."""
     require_whole("seed", seed, least=0)
     tokens = corpus(seed, CORPUS * (MORE if more else 1))
-    texts = {"train": seen(seed), **held_out()}
+    known = {"train": seen(seed), **held_out()}
+    looked_at = {name: known[name] for name in texts}
     found = Looks([], [], [])
     with torch.random.fork_rng(devices=[]):  # dropout draws from torch's random numbers
         torch.manual_seed(seed)
@@ -87,7 +89,7 @@ def looks(
 
         def look(step: int, loss: float) -> None:
             if (step + 1) % EVERY == 0:
-                for name, nats in judged(model, texts).items():
+                for name, nats in judged(model, looked_at).items():
                     getattr(found, name).append(nats)
 
         batches = Batches(tokens, batch=BATCH, context=CONTEXT, seed=seed)

@@ -92,7 +92,10 @@ class Recorded:
 
     def interval(self, setting: str, measure: str, level: float = 0.95) -> Interval:
         """Mean over seeds (at least 2) with Student's interval for it."""
-        return mean_interval(self.values(setting, measure), level)
+        values = self.values(setting, measure)
+        single = not any(isinstance(one, list) for one in values)
+        require(single, f"{measure} of {setting} is a list a seed; ask for it pooled")
+        return mean_interval(values, level)
 
     def pooled(self, setting: str, measure: str, level: float = 0.95) -> Interval:
         """Mean over the entries, of all seeds, of a measure that is a list: such as windows."""

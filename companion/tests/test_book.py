@@ -18,7 +18,7 @@ import yaml
 
 from companion.tests.gate import ROOT, listed_pages
 from companion.tests.pages import LOOKS, browser_path, page_faults, served
-from tools.book import build, html_folder
+from tools.book import build, html_folder, verdicts_of
 
 SAMPLE = Path(__file__).parent / "data" / "book"
 VENDORED = ROOT / "book" / "_static" / "vendor" / "pinned.txt"
@@ -46,6 +46,8 @@ def sample_book(folder: Path, **pages: str) -> Path:
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The HTML folder of the sample book, built with execution."""
     folder = sample_book(tmp_path_factory.mktemp("sample") / "project")
+    verdicts_of(folder).mkdir(parents=True)
+    (verdicts_of(folder) / "09_gone.json").write_text("{}")  # of an earlier build
     assert build(folder) == 0
     return html_folder(folder)
 
@@ -105,6 +107,11 @@ def test_a_page_of_everything_works(browser: object, sample: Path, look: str) ->
 @pytest.mark.parametrize("look", LOOKS)
 def test_every_page_of_the_course_works(browser: object, course: Path, look: str) -> None:
     assert look_at(browser, course, sorted(listed_pages()), look) == {}
+
+
+def test_a_whole_build_has_just_the_verdicts_of_its_pages(sample: Path) -> None:
+    store = verdicts_of(sample.parents[1])
+    assert [path.name for path in store.iterdir()] == ["01_sample.json"]
 
 
 def test_the_course_builds_without_a_warning(course: Path) -> None:
@@ -183,13 +190,15 @@ def test_the_order_of_reading() -> None:
     spec = importlib.util.spec_from_file_location("course", path)
     course = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(course)
-    env = SimpleNamespace(found_docs={"book/verdicts", "notebooks/01_a"})
+    env = SimpleNamespace(found_docs={"book/verdicts", "book/errata", "notebooks/01_a"})
+    last = ["book/verdicts", "book/errata"]
 
     def ordered(*names: str) -> list[str]:
         docnames = list(names)
         course.read_last(None, env, docnames)
         return docnames
 
-    assert ordered("book/verdicts", "notebooks/01_a") == ["notebooks/01_a", "book/verdicts"]
-    assert ordered("notebooks/01_a") == ["notebooks/01_a", "book/verdicts"]
+    assert ordered("book/verdicts", "notebooks/01_a") == ["notebooks/01_a", *last]
+    assert ordered("notebooks/01_a") == ["notebooks/01_a", *last]
+    assert ordered("book/errata", "book/start") == ["book/start", "book/errata"]
     assert ordered("book/start") == ["book/start"]

@@ -26,7 +26,7 @@ LAYERS = {
           step_memory stopping token_losses sliced_attention backward_passes faster_training
           memory_mapped mlp_variants dropout compiling""",
     2: """measurement report claims errata cases judging collecting verdict_tables verdicts
-          distillation parallel studies""",
+          errata_pages distillation parallel studies""",
     3: "plots maps timelines",
     4: "explorers check bench",
 }

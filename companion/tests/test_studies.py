@@ -122,6 +122,8 @@ def test_a_list_can_be_pooled_over_its_entries_and_seeds(fake):
     assert found.high - found.estimate == pytest.approx(reach, rel=1e-3)
     with pytest.raises(ValueError, match="value of twice is one number a seed"):
         recorded.pooled("twice", "value")
+    with pytest.raises(ValueError, match="curve of twice is a list a seed; ask for it pooled"):
+        recorded.interval("twice", "curve")  # once its entries counted as seeds
 
 
 def test_ctrl_c_costs_the_running_point_only(fake):
