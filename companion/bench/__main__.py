@@ -2,9 +2,9 @@
 
 import sys
 
-from companion.bench import decoding, quantized, stopwatch
+from companion.bench import decoding, quantized, stopwatch, training
 
 if __name__ == "__main__":
-    codes = [stopwatch.main([]), decoding.main()]
+    codes = [stopwatch.main([]), decoding.main(), training.main([])]
     codes += [quantized.main(["--threads", threads]) for threads in ("1", "2")]
     sys.exit(max(codes))

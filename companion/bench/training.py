@@ -1,10 +1,10 @@
 """Is our training as fast as a peer's? `python -m companion.bench.training [--profile]`
 
 `tiny` is trained on: by `transformers`' LlamaForCausalLM with the same weights (SDPA attention,
-torch's fused AdamW), by our plain step, and by what `companion.faster_training` adds to it, one
-thing after another. The batches are those of its recipe, the thread is one, and all take turns.
-Before that, all take the same steps and must have the same losses. Nothing is written. Needs
-requirements-test.txt.
+torch's fused AdamW), by our plain step, and by what `companion.faster_training` and then
+`companion.fastest_training` add to it, one thing after another. The batches are those of its
+recipe, the thread is one, and all take turns. Before that, all take the same steps and must have
+the same losses. Nothing is written. Needs requirements-test.txt.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.profiler import profile
 
 from companion.bench.decoding import as_transformers
 from companion.faster_training import PARTS, faster, faster_step, fused_adamw
+from companion.fastest_training import fastest
 from companion.hardware import machine_card
 from companion.model import LanguageModel
 from companion.pretrained import tiny
@@ -65,10 +66,10 @@ def candidates(model: LanguageModel) -> dict[str, Trained]:
         "fused AdamW": Trained(fused, fused_adamw(fused, RATE), plain_step),
         "no last position": Trained(last, fused_adamw(last, RATE)),
     }
-    for count in range(len(PARTS) + 1):
-        name = f"and {PARTS[count - 1]}" if count else "joined matrices"
-        one = faster(model, PARTS[:count])
-        found[name if count < len(PARTS) else OURS] = Trained(one, fused_adamw(one, RATE))
+    tops = {"joined matrices": faster(model, ())}
+    tops |= {f"and {part}": faster(model, PARTS[: at + 1]) for at, part in enumerate(PARTS)}
+    tops[OURS] = fastest(model)
+    found |= {name: Trained(one, fused_adamw(one, RATE)) for name, one in tops.items()}
     for one in found.values():
         one.model.train()
     return found

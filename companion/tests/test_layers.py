@@ -24,6 +24,7 @@ LAYERS = {
           calibration curvature acceptance quality cost roofline catalogue shapes hardware rounds
           timing calls pruning quantization precision sharing schedules accumulation recomputation
           step_memory stopping token_losses sliced_attention backward_passes faster_training
+          fastest_training onednn_products
           memory_mapped mlp_variants dropout compiling""",
     2: """measurement report claims errata cases judging collecting verdict_tables verdicts
           errata_pages distillation parallel studies""",
