@@ -70,9 +70,10 @@ class Cluster:
     def _send(
         self, function: Callable[..., engine.Report], *arguments: object
     ) -> dict[Future, int]:
-        seats = zip(self._numbers, self._seats, strict=True)
-        sent = {self._client[n].apply_async(function, seat, *arguments): seat for n, seat in seats}
-        self._sent = {future: seat.rank for future, seat in sent.items()}
+        self._sent = {
+            self._client[number].apply_async(function, seat, *arguments): seat.rank
+            for number, seat in zip(self._numbers, self._seats, strict=True)
+        }
         return dict(self._sent)
 
     def forget(self) -> None:

@@ -159,15 +159,13 @@ class Ranks:
         Gloo waits for ever in some group of ten thousand. Then new processes try again, once.
         """
         patience = seconds + 10 * GRACE  # of the group: the deadline of the run must come first
-        for again in (True, False):
-            waiting = self._cluster.meet(patience)
-            soon = min(deadline, time.monotonic() + MEETING)
-            reports = _gathered(self._cluster, waiting, soon if again else deadline)
-            late = waiting and not _failures(reports) and time.monotonic() < deadline
-            if not (again and late):
-                break
+        waiting = self._cluster.meet(patience)
+        reports = _gathered(self._cluster, waiting, min(deadline, time.monotonic() + MEETING))
+        if waiting and not _failures(reports) and time.monotonic() < deadline:
             self._stopping()
             self._start()
+            waiting = self._cluster.meet(patience)
+            reports = _gathered(self._cluster, waiting, deadline)
         return waiting, reports
 
 

@@ -105,9 +105,16 @@ class Recorded:
         return mean_interval([*chain(*lists)], level)
 
     def check(
-        self, setting: str, measure: str, live: float, *, slack: float = 0.0, level: float = 0.95
+        self,
+        setting: str,
+        measure: str,
+        live: float,
+        *,
+        entry: int | None = None,
+        slack: float = 0.0,
+        level: float = 0.95,
     ) -> Agreement:
-        """Compare a value measured live with the recorded ones.
+        """Compare a value measured live with the recorded ones; of a list, with this `entry`.
 
         It agrees if it lies in Student's interval for one further seed, widened by `slack` on both
         sides for what the seeds do not vary: other hardware, another Python's texts. Raises
@@ -115,9 +122,13 @@ class Recorded:
         """
         require(math.isfinite(live), f"the live value is {live}; it must be finite")
         require(slack >= 0, f"slack is {slack}; it must be at least 0")
-        mean = self.interval(setting, measure, level)
-        count = len(self.values(setting, measure))
-        reach = (mean.high - mean.estimate) * math.sqrt(count + 1) + slack  # of one further seed
+        values = self.values(setting, measure)
+        if entry is None:
+            mean = self.interval(setting, measure, level)
+        else:
+            mean = mean_interval([one[entry] for one in values], level)
+        further = math.sqrt(len(values) + 1)  # one further seed varies more than their mean
+        reach = (mean.high - mean.estimate) * further + slack
         expected = Interval(mean.estimate, mean.estimate - reach, mean.estimate + reach, level)
         return Agreement(live, expected, f"{measure}, {setting}, {self.label}")
 

@@ -317,6 +317,16 @@ def test_a_live_point_is_checked_against_a_further_seeds_interval(fake):
     assert mean.high == pytest.approx(12 + 4.302652729911275 * 2 / math.sqrt(3), rel=1e-9)
 
 
+def test_an_entry_of_a_list_is_checked_alike(fake):
+    recorded = fake.run()  # "curve" of "twice" gave [0, 2], [1, 2], [2, 2]: first entries 0, 1, 2
+    reach = 4.302652729911275 * math.sqrt(1 + 1 / 3)  # mean 1, standard deviation 1
+    for live, holds in ((1 + 0.999 * reach, True), (1 + 1.001 * reach, False)):
+        assert recorded.check("twice", "curve", live, entry=0).holds == holds
+    assert recorded.check("twice", "curve", 2, entry=1)
+    with pytest.raises(ValueError, match="curve of twice is a list a seed"):
+        recorded.check("twice", "curve", 1)
+
+
 def test_nine_in_ten_further_seeds_agree(fake):
     """Of values drawn alike, a 90 % interval for one more holds about 90 %."""
     generator = torch.Generator().manual_seed(0)
